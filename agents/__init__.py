@@ -1,0 +1,44 @@
+"""The agents: one algorithm, one file."""
+
+from pathlib import Path
+
+import torch.nn as nn
+
+from ..envs import VectorEnv
+from ..vision import find_weights, read_weights
+from .agent import Agent
+from .checkpoint import load_checkpoint, newest_first, save_checkpoint, sweep
+from .dqn import DQN
+from .replay import Replay
+
+AGENTS: dict[str, type[Agent]] = {"dqn": DQN}
+
+
+def load(
+    path: str | Path,
+    env: str | VectorEnv | None = None,
+    encoder: nn.Module | None = None,
+    device: str = "auto",
+) -> Agent:
+    """The agent, of whatever kind, that a weights file, a checkpoint or a run folder holds.
+
+    Raises FileNotFoundError where there is none, ValueError where it is damaged or of another version.
+    """
+    path = find_weights(Path(path))
+    name = read_weights(path)[1].get("agent")
+    if name not in AGENTS:
+        raise ValueError(f"{path} holds {name!r}, which is no agent; agents are {', '.join(AGENTS)}")
+    return AGENTS[name].load(path, env, encoder, device)
+
+
+__all__ = [
+    "AGENTS",
+    "DQN",
+    "Agent",
+    "Replay",
+    "load",
+    "load_checkpoint",
+    "newest_first",
+    "save_checkpoint",
+    "sweep",
+]

@@ -1,0 +1,336 @@
+"""The Agent contract: what every algorithm here shares, and nothing of how it learns."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, Self
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from ..envs import VectorEnv, make_vec
+from ..vision import (
+    describe_encoder,
+    find_weights,
+    read_weights,
+    space_from_json,
+    space_to_json,
+    write_weights,
+)
+from .progress import progress as progress_display
+
+Row = dict[str, Any]
+"""One row of metrics: `env_step` and flat names to numbers."""
+
+
+class Logger(Protocol):
+    """What `learn(run=...)` writes to; `foveal.runs.create_run` makes one."""
+
+    def log(self, row: Row) -> None: ...
+
+
+@dataclass
+class UnmadeEnv:
+    """What a weights file knows of an environment: enough to build networks, and to make it when needed."""
+
+    spec: dict[str, Any]
+    single_observation_space: spaces.Space
+    single_action_space: spaces.Space
+    frame_stack: int
+    num_envs: int
+
+    def spec_dict(self) -> dict[str, Any]:
+        return self.spec
+
+    def make(self) -> VectorEnv:
+        return make_vec(**self.spec)
+
+
+class Agent:
+    """Base of the agents: construction, `learn`, `predict`'s batching, `save` and `load`.
+
+    A subclass defines `name`, `Config`, `training`, `actions`, `state` and `restore`, and in its constructor
+    sets `network` (with an `encoder` in it).
+    """
+
+    name: ClassVar[str]
+    Config: ClassVar[type]
+    recipe: Callable[..., Any]
+    """`recipe(env_id, **changes)`: the Config known to work on an environment."""
+    network: nn.Module
+    config: Any
+
+    def __init__(
+        self,
+        env: str | VectorEnv | UnmadeEnv,
+        config: Any = None,
+        encoder: str | nn.Module = "auto",
+        seed: int = 0,
+        device: str = "auto",
+    ):
+        """`env` is an id, or environments from `make_vec`, whose number then wins over the config's.
+
+        Without a config it is the recipe for them. `encoder` is a name that `make_encoder` knows, or an
+        encoder, which the agent then owns. Raises ValueError for whatever the agent cannot take.
+        """
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed must be between 0 and 2**32 - 1, got {seed}")
+        self.seed = seed
+        self.device = resolve_device(device)
+        self.encoder_name = encoder if isinstance(encoder, str) else None
+        if isinstance(env, str):
+            config = config or self.recipe(env)
+            env = make_vec(env, num_envs=config.num_envs, seed=seed)
+        config = config or self.recipe(env.spec_dict()["env_id"])
+        self.config = replace(config, num_envs=env.num_envs)
+        self._env = env
+        self.observation_space = env.single_observation_space
+        self.action_space = env.single_action_space
+        self.env_step = 0
+        """Environment steps taken, all environments together."""
+        self.grad_step = 0
+        """Optimizer steps taken."""
+
+    @property
+    def env(self) -> VectorEnv:
+        """The training environments; made at first use where the agent was loaded from a file."""
+        if isinstance(self._env, UnmadeEnv):
+            self._env = self._env.make()
+        return self._env
+
+    def env_spec(self) -> dict[str, Any]:
+        """Arguments of `make_vec` that make the training environments again."""
+        return self._env.spec_dict()
+
+    def training(self, total_steps: int, log_every: int = 1000) -> Iterator[Row]:
+        """Train until `env_step` reaches `total_steps`; yield a row of metrics every `log_every` env steps.
+
+        Between two rows the agent is whole: it may be evaluated, saved, or left.
+        """
+        raise NotImplementedError
+
+    def learn(
+        self,
+        total_steps: int,
+        callback: Callable[[Self, Row], bool | None] | None = None,
+        progress: bool = True,
+        run: Logger | None = None,
+        log_every: int = 1000,
+    ) -> Self:
+        """Train for `total_steps` further environment steps.
+
+        `callback(agent, row)` sees every row and stops the training by returning False. `run.log(row)` is
+        called with every row.
+        """
+        if total_steps < 1:
+            raise ValueError(f"total_steps must be 1 or more, got {total_steps}")
+        end = self.env_step + total_steps
+        display = progress_display(end, start=self.env_step) if progress else nullcontext(lambda row: None)
+        with display as show:
+            for row in self.training(end, log_every):
+                show(row)
+                if run is not None:
+                    run.log(row)
+                if callback is not None and callback(self, row) is False:
+                    break
+        return self
+
+    def predict(
+        self,
+        obs: Any,
+        state: Any = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, Any]:
+        """Actions for raw observations, in Stable-Baselines3's convention.
+
+        `obs` is one observation or a batch (B, ...), numpy, or a dict of them; the actions have a leading B
+        only where the observations do. `state` and `episode_start` (B,) are for agents with memory; others
+        return `state` as it came.
+        """
+        single = is_single(obs, self.observation_space)
+        batch = to_tensors(obs, self.observation_space, self.device, add_batch=single)
+        actions = self.actions(batch, deterministic)
+        return (actions[0] if single else actions), state
+
+    def actions(self, obs: Any, deterministic: bool) -> np.ndarray:
+        """Actions (B, ...) for a batch of observations on the device."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, Any]:
+        """What a weights file says beside its tensors; enough to build the agent again."""
+        return {
+            "agent": self.name,
+            "config": asdict(self.config),
+            "seed": self.seed,
+            "env_step": self.env_step,
+            "grad_step": self.grad_step,
+            "encoder": describe_encoder(self.encoder_name, self.network.encoder, self.observation_space),  # type: ignore[arg-type]
+            "env": self.env_spec(),
+            "observation_space": space_to_json(self.observation_space),
+            "action_space": space_to_json(self.action_space),
+            "frame_stack": self._env.frame_stack,
+        }
+
+    def save(self, path: str | Path) -> Path:
+        """Write the weights and the description of this agent to one safetensors file."""
+        path = Path(path)
+        write_weights(path, self.network.state_dict(), self.describe())
+        return path
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        env: str | VectorEnv | None = None,
+        encoder: nn.Module | None = None,
+        device: str = "auto",
+    ) -> Self:
+        """Build the agent that a weights file, checkpoint or run folder holds.
+
+        Its environment is made from the file at first use, unless `env` is given. `encoder` is needed where
+        the agent was built with an encoder object of your own. Raises FileNotFoundError, or ValueError where
+        the file is damaged, of another version, or of another agent.
+        """
+        path = find_weights(Path(path))
+        tensors, description = read_weights(path)
+        if description.get("agent") != cls.name:
+            raise ValueError(f"{path} holds a {description.get('agent')!r} agent, not {cls.name!r}")
+        known = {field.name for field in fields(cls.Config)}
+        config = cls.Config(**{k: v for k, v in description["config"].items() if k in known})
+        agent = cls(
+            env or _unmade(description),
+            config,
+            encoder=encoder if encoder is not None else _encoder_name(path, description),
+            seed=description["seed"],
+            device=device,
+        )
+        agent.load_weights(tensors, path)
+        agent.env_step, agent.grad_step = description["env_step"], description["grad_step"]
+        return agent
+
+    def load_weights(self, tensors: dict[str, Tensor], source: Path) -> None:
+        """Copy weights into the network; ValueError names the first tensor that does not fit."""
+        mine = self.network.state_dict()
+        for name in sorted(mine.keys() | tensors.keys()):
+            here, there = mine.get(name), tensors.get(name)
+            if here is None or there is None or here.shape != there.shape:
+                shapes = [tuple(t.shape) if t is not None else "absent" for t in (there, here)]
+                raise ValueError(
+                    f"{source} is of another architecture: {name} is {shapes[0]} there and {shapes[1]} here"
+                )
+        self.network.load_state_dict(tensors)
+
+    # What a checkpoint holds beyond the weights, so that a resumed run is the run that was never stopped.
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Everything but weights and replay: small tensors, and JSON."""
+        raise NotImplementedError
+
+    def segments(self) -> Iterable[tuple[str, Callable[[], dict[str, Tensor]]]]:
+        """Pieces of a replay as (name, read), the name new whenever the content is; none without a replay."""
+        return ()
+
+    def restore(
+        self, tensors: dict[str, Tensor], meta: dict[str, Any], load: Callable[[str], dict[str, Tensor]]
+    ) -> bool:
+        """Undo `state` and `segments`, whose pieces `load` reads by name.
+
+        Returns False where an environment could not be brought back exactly and starts a new episode.
+        """
+        raise NotImplementedError
+
+
+def _unmade(description: dict[str, Any]) -> UnmadeEnv:
+    return UnmadeEnv(
+        description["env"],
+        space_from_json(description["observation_space"]),
+        space_from_json(description["action_space"]),
+        description["frame_stack"],
+        description["env"].get("num_envs", 1),
+    )
+
+
+def _encoder_name(path: Path, description: dict[str, Any]) -> str:
+    name = description["encoder"]["name"]
+    if name is None:
+        raise ValueError(
+            f"{path} was trained with an encoder object of its own; pass one like it as encoder="
+        )
+    return name
+
+
+def resolve_device(device: str) -> torch.device:
+    """auto means cuda where there is one. ValueError for a device that is not here."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+        torch.zeros(1, device=resolved)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device must be auto, cpu or a device of this machine, got {device!r}: {reason}"
+        ) from error
+    return resolved
+
+
+def random_streams(seed: int) -> tuple[np.random.Generator, torch.Generator, np.random.Generator, int]:
+    """The one door for seeds: streams to act, to sample (on the CPU), to predict; a seed for weights."""
+    acting, sampling, predicting, weights = np.random.SeedSequence(seed).spawn(4)
+    return (
+        np.random.default_rng(acting),
+        torch.Generator().manual_seed(_integer(sampling)),
+        np.random.default_rng(predicting),
+        _integer(weights),
+    )
+
+
+def _integer(sequence: np.random.SeedSequence) -> int:
+    return int(sequence.generate_state(1, np.uint64)[0] >> 1)
+
+
+def rng_to_json(rng: np.random.Generator) -> str:
+    """A numpy generator's state as text (its integers exceed JSON's safe range)."""
+    return json.dumps(rng.bit_generator.state)
+
+
+def rng_from_json(rng: np.random.Generator, state: str) -> None:
+    rng.bit_generator.state = json.loads(state)
+
+
+def is_single(obs: Any, space: spaces.Space) -> bool:
+    """True for one observation, False for a batch; ValueError for neither."""
+    if isinstance(space, spaces.Dict):
+        key = next(iter(space.spaces))
+        return is_single(obs[key], space[key])
+    shape, wanted = np.shape(obs), space.shape or ()
+    if shape == wanted:
+        return True
+    if shape[1:] == wanted:
+        return False
+    raise ValueError(f"obs has shape {shape}; one observation is {wanted}, a batch ({'B', *wanted})")
+
+
+def to_tensors(obs: Any, space: spaces.Space, device: torch.device, add_batch: bool = False) -> Any:
+    """numpy observations -> tensors on the device, images still uint8; a dict of them for a Dict space."""
+    if isinstance(space, spaces.Dict):
+        return {key: to_tensors(obs[key], part, device, add_batch) for key, part in space.items()}
+    tensor = torch.as_tensor(np.asarray(obs), device=device)
+    return tensor.unsqueeze(0) if add_batch else tensor
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Apply a function to a tensor, or to every tensor of (nested) dicts."""
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, part) for key, part in tree.items()}
+    return function(tree)
+
+
+def passes(every: int, before: int, now: int) -> bool:
+    """True where a multiple of `every` lies in (before, now]: a cadence for steps of num_envs."""
+    return now // every > before // every

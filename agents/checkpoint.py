@@ -1,0 +1,93 @@
+"""Checkpoints: everything that training needs to go on as if it had never stopped.
+
+    checkpoints/step-000000050000/
+        agent.safetensors       weights and description; loads by itself as an agent
+        training.safetensors    optimizer, target network, random streams, environments, counters
+        replay-*.safetensors    pieces of the replay, hard-linked where they did not change since the last one
+
+A folder of that name is whole: it is written beside its name, flushed, and renamed.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from torch import Tensor
+
+from ..vision import read_weights, write_weights
+from .agent import Agent
+
+
+def save_checkpoint(agent: Agent, checkpoints: Path, keep: int = 2) -> Path:
+    """Write a checkpoint of `agent` below the folder `checkpoints`; keep the newest `keep` of them."""
+    whole = checkpoints / f"step-{agent.env_step:012d}"
+    if whole.exists():
+        return whole
+    partial = checkpoints / f".{whole.name}.{os.getpid()}.partial"
+    previous = next(iter(newest_first(checkpoints)), None)
+    partial.mkdir(parents=True)
+    try:
+        agent.save(partial / "agent.safetensors")
+        tensors, meta = agent.state()
+        write_weights(partial / "training.safetensors", tensors, {"meta": meta})
+        for name, read in agent.segments():
+            file = f"replay-{name}.safetensors"
+            if previous is None or not _link(previous / file, partial / file):
+                write_weights(partial / file, read(), {})
+        _flush(partial)
+        partial.rename(whole)
+        _flush(checkpoints)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for old in newest_first(checkpoints)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return whole
+
+
+def load_checkpoint(path: Path, agent: Agent) -> bool:
+    """Bring `agent`, built from this checkpoint's weights file, to where the checkpoint was taken.
+
+    Returns False where an environment could not be brought back exactly and starts a new episode. Raises
+    FileNotFoundError or ValueError, naming the file, for a checkpoint that is not whole.
+    """
+
+    def load(name: str) -> dict[str, Tensor]:
+        return read_weights(path / f"replay-{name}.safetensors")[0]
+
+    tensors, description = read_weights(path / "training.safetensors")
+    return agent.restore(tensors, description["meta"], load)
+
+
+def newest_first(checkpoints: Path) -> list[Path]:
+    """The whole checkpoints below a folder."""
+    return sorted(checkpoints.glob("step-*"), reverse=True)
+
+
+def sweep(checkpoints: Path, after: Path) -> None:
+    """Remove what a killed run left unfinished, and checkpoints newer than `after`, which it goes on from."""
+    newer = [path for path in newest_first(checkpoints) if path.name > after.name]
+    for path in [*checkpoints.glob(".step-*.partial"), *newer]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _link(old: Path, new: Path) -> bool:
+    """Hard-link, or copy where the file system has no links; False where there is no old file."""
+    if not old.exists():
+        return False
+    try:
+        os.link(old, new)
+    except OSError:
+        shutil.copyfile(old, new)
+    return True
+
+
+def _flush(folder: Path) -> None:
+    """Make the names in a folder durable (a no-op where folders cannot be opened)."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

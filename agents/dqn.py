@@ -1,0 +1,409 @@
+"""DQN: "Human-level control through deep reinforcement learning" (Mnih et al. 2015), with double Q-learning
+(van Hasselt et al. 2015, 1509.06461) on by default.
+
+Where we differ from the papers: Adam instead of RMSprop, gradients clipped by norm, the Huber loss written
+as such (the paper clips the error term), any number of environments, and schedules in environment steps.
+"""
+
+import copy
+import fnmatch
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from ..envs import VectorEnv
+from ..vision import make_encoder
+from .agent import (
+    Agent,
+    Row,
+    UnmadeEnv,
+    map_tensors,
+    passes,
+    random_streams,
+    rng_from_json,
+    rng_to_json,
+    to_tensors,
+)
+from .optimization import clip_norm, compile_or_eager, flat_gradient, flatten_parameters
+from .replay import Replay
+
+
+@dataclass(frozen=True)
+class DQNConfig:
+    """Hyper-parameters. All steps are environment steps, counted over all environments together."""
+
+    num_envs: int = 1
+    """Environments stepped side by side."""
+    learning_rate: float = 6.3e-4
+    """Adam's step size."""
+    batch_size: int = 128
+    """Transitions in one gradient step."""
+    buffer_size: int = 50_000
+    """Transitions that the replay keeps, all environments together."""
+    learning_starts: int = 1_000
+    """Environment steps taken at random before the first update."""
+    train_every: int = 4
+    """Environment steps between updates."""
+    gradient_steps: int = 1
+    """Gradient steps at each update."""
+    target_every: int = 250
+    """Environment steps between updates of the target network."""
+    tau: float = 1.0
+    """Share by which each update moves the target network to the online one, in (0, 1]; 1 copies it."""
+    gamma: float = 0.99
+    """Discount a step, in [0, 1]."""
+    exploration_initial: float = 1.0
+    """Epsilon at the start."""
+    exploration_final: float = 0.05
+    """Epsilon at the end of its linear schedule, and from then on."""
+    exploration_fraction: float = 0.12
+    """Share of the training over which epsilon falls, in (0, 1]."""
+    double: bool = True
+    """Double Q-learning: the online network chooses the next action, the target network values it."""
+    max_grad_norm: float = 10.0
+    """L2 norm that gradients are clipped to."""
+    adam_eps: float = 1e-8
+    """Adam's epsilon."""
+    buffer_device: str = "cpu"
+    """Where the replay lives; cuda keeps sampling on the GPU."""
+    compile: bool = False
+    """Compile the loss and its gradient with torch.compile (about half a minute at the start)."""
+
+    def __post_init__(self) -> None:
+        counts = "num_envs batch_size buffer_size train_every gradient_steps target_every"
+        for name in counts.split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.learning_starts < 0:
+            raise ValueError(f"learning_starts must be 0 or more, got {self.learning_starts}")
+        for name in ("learning_rate", "max_grad_norm", "adam_eps"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
+        for name in ("gamma", "exploration_initial", "exploration_final"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
+        for name in ("tau", "exploration_fraction"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be greater than 0 and at most 1, got {getattr(self, name)}")
+
+
+# Settings known to work, by environment id; the classic ones are those of the Stable-Baselines3 zoo.
+RECIPES: dict[str, dict[str, Any]] = {
+    "CartPole-v*": {
+        "learning_rate": 2.3e-3,
+        "batch_size": 64,
+        "buffer_size": 100_000,
+        "train_every": 256,
+        "gradient_steps": 128,
+        "target_every": 10,
+        "exploration_fraction": 0.16,
+        "exploration_final": 0.04,
+    },
+    "LunarLander-v*": {"exploration_final": 0.1},
+    "Acrobot-v*": {"exploration_final": 0.1},
+    "MountainCar-v*": {
+        "learning_rate": 4e-3,
+        "buffer_size": 10_000,
+        "train_every": 16,
+        "gradient_steps": 8,
+        "target_every": 600,
+        "gamma": 0.98,
+        "exploration_fraction": 0.2,
+        "exploration_final": 0.07,
+    },
+    "ALE/*": {
+        "learning_rate": 1e-4,
+        "batch_size": 32,
+        "buffer_size": 100_000,
+        "learning_starts": 100_000,
+        "target_every": 1_000,
+        "exploration_fraction": 0.1,
+        "exploration_final": 0.01,
+    },
+    "MinAtar/*": {
+        "learning_rate": 2.5e-4,
+        "batch_size": 32,
+        "buffer_size": 100_000,
+        "learning_starts": 5_000,
+        "target_every": 1_000,
+        "exploration_fraction": 0.1,
+    },
+}
+
+
+def recipe(env_id: str, **changes: Any) -> DQNConfig:
+    """The settings known to work on an environment (the defaults where none are), with `changes` made."""
+    settings = next((r for pattern, r in RECIPES.items() if fnmatch.fnmatchcase(env_id, pattern)), {})
+    return DQNConfig(**{**settings, **changes})
+
+
+class QNetwork(nn.Module):
+    """Observations (B, ...) -> one value an action (B, num_actions)."""
+
+    def __init__(self, encoder: nn.Module, num_actions: int):
+        super().__init__()
+        self.encoder = encoder
+        self.head = nn.Linear(encoder.features_dim, num_actions)  # type: ignore[arg-type]
+
+    def forward(self, obs: Any) -> Tensor:
+        return self.head(self.encoder(obs))
+
+
+# The algorithm, as functions that touch only what they are given. `network` is anything that maps
+# observations to values: a module, or torch.func.functional_call on stacked weights.
+
+
+def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float) -> Tensor:
+    """y = r + gamma (1 - terminated) V(s'), all (...). A truncated episode still bootstraps."""
+    return rewards + gamma * ~terminated * next_values
+
+
+def q_loss(network: Callable[[Any], Tensor], obs: Any, actions: Tensor, targets: Tensor) -> Tensor:
+    """Huber(Q(s, a) - y), mean over the batch. obs (B, ...), actions (B,) int64, targets (B,) -> scalar."""
+    q = network(obs).gather(1, actions.unsqueeze(1)).squeeze(1)  # (B,)
+    return F.smooth_l1_loss(q, targets)
+
+
+def epsilon_at(env_step: int, total_steps: int, config: DQNConfig) -> float:
+    """Linear from initial to final over the first part of the training; random before learning starts."""
+    if env_step < config.learning_starts:
+        return 1.0
+    progress = min(1.0, env_step / (config.exploration_fraction * total_steps))
+    return config.exploration_initial + progress * (config.exploration_final - config.exploration_initial)
+
+
+def act(
+    network: Callable[[Any], Tensor], obs: Any, num_actions: int, epsilon: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Epsilon-greedy actions (B,) int64 for observations (B, ...); each environment draws its own epsilon."""
+    batch_size = len(next(iter(obs.values())) if isinstance(obs, dict) else obs)
+    explore = rng.random(batch_size) < epsilon
+    actions = rng.integers(num_actions, size=batch_size)
+    if explore.all():
+        return actions
+    with torch.no_grad():
+        greedy = network(obs).argmax(1).numpy(force=True)
+    return np.where(explore, actions, greedy)
+
+
+class DQN(Agent):
+    """Deep Q-learning for Discrete actions and any observations an encoder takes.
+
+    >>> from foveal.agents import DQN
+    >>> agent = DQN("CartPole-v1", seed=1).learn(300, progress=False)
+    >>> action, _ = agent.predict(agent.env.reset(), deterministic=True)
+    >>> action.shape
+    (1,)
+    """
+
+    name: ClassVar[str] = "dqn"
+    Config: ClassVar[type] = DQNConfig
+    recipe = staticmethod(recipe)
+    config: DQNConfig
+
+    def __init__(
+        self,
+        env: str | VectorEnv | UnmadeEnv,
+        config: DQNConfig | None = None,
+        encoder: str | nn.Module = "auto",
+        seed: int = 0,
+        device: str = "auto",
+    ):
+        super().__init__(env, config, encoder, seed, device)
+        if not isinstance(self.action_space, spaces.Discrete):
+            raise ValueError(
+                f"dqn takes Discrete actions; {self.env_spec()['env_id']} has {self.action_space}"
+            )
+        if self.config.buffer_size < self.config.num_envs:
+            raise ValueError(
+                f"buffer_size must be at least num_envs={self.config.num_envs}, got {self.config.buffer_size}"
+            )
+        self.num_actions, self.first_action = int(self.action_space.n), int(self.action_space.start)
+        self.acting_rng, self.sampling_rng, self.predict_rng, weights_seed = random_streams(seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(weights_seed)
+            if not isinstance(encoder, nn.Module):
+                encoder = make_encoder(encoder, self.observation_space)
+            self.network = QNetwork(encoder, self.num_actions).to(self.device)
+            self.target = copy.deepcopy(self.network)
+        self.weights = flatten_parameters(self.network)
+        self.target_weights = flatten_parameters(self.target)
+        self.parameters = [p for p in self.network.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.Adam(
+            [self.weights], lr=self.config.learning_rate, eps=self.config.adam_eps, fused=True
+        )
+        self.loss: Callable[..., Tensor] = q_loss
+        self.epsilon = self.config.exploration_initial
+        self.replay: Replay | None = None
+        """Made, like the first observations, when training starts: an agent that only acts needs neither."""
+        self.obs: Any = None
+
+    def training(self, total_steps: int, log_every: int = 1000) -> Iterator[Row]:
+        config, env = self.config, self.env
+        replay = self._start()
+        losses: list[Tensor] = []
+        episodes: list[Any] = []
+        window, window_step, window_updates = time.perf_counter(), self.env_step, self.grad_step
+
+        while self.env_step < total_steps:
+            # Act.
+            self.epsilon = epsilon_at(self.env_step, total_steps, config)
+            obs = to_tensors(self.obs, self.observation_space, self.device)
+            actions = act(self.network, obs, self.num_actions, self.epsilon, self.acting_rng)
+            step = env.step(actions + self.first_action)
+            replay.add(actions, step)
+            self.obs = step.obs
+            episodes += step.episodes
+            before, self.env_step = self.env_step, self.env_step + env.num_envs
+
+            # Learn.
+            if passes(config.target_every, before, self.env_step):
+                self.update_target()
+            if self.env_step > config.learning_starts and passes(config.train_every, before, self.env_step):
+                losses += self.update(config.gradient_steps)
+
+            # Report.
+            if passes(log_every, before, self.env_step) or self.env_step >= total_steps:
+                now = time.perf_counter()
+                row: Row = {"env_step": self.env_step, "grad_step": self.grad_step}
+                if episodes:
+                    row["train/return_mean"] = float(np.mean([e.episode_return for e in episodes]))
+                    row["train/length_mean"] = float(np.mean([e.length for e in episodes]))
+                row["train/episodes"] = len(episodes)
+                row["train/epsilon"] = self.epsilon
+                if losses:
+                    row["train/q_loss"] = float(torch.stack(losses).mean())
+                row["speed/env_steps_per_s"] = (self.env_step - window_step) / (now - window)
+                row["speed/updates_per_s"] = (self.grad_step - window_updates) / (now - window)
+                losses, episodes = [], []
+                yield row
+                window, window_step, window_updates = time.perf_counter(), self.env_step, self.grad_step
+
+    def _make_replay(self) -> Replay:
+        return Replay(
+            self.config.buffer_size,
+            self.config.num_envs,
+            self.observation_space,
+            self.action_space,
+            frame_stack=self.env.frame_stack,
+            device=self.config.buffer_device,
+        )
+
+    def _start(self) -> Replay:
+        """The replay, made at first use together with the first observations."""
+        if self.replay is None:
+            self.replay = self._make_replay()
+        if self.obs is None:
+            self.obs = self.env.reset()
+            self.replay.reset(self.obs)
+        if self.config.compile and self.loss is q_loss:
+            obs = to_tensors(self.obs, self.observation_space, self.device)
+            zeros = torch.zeros(self.env.num_envs, device=self.device)
+            self.loss = compile_or_eager(q_loss, self.network, obs, zeros.long(), zeros)
+        return self.replay
+
+    def update(self, gradient_steps: int) -> list[Tensor]:
+        """Take gradient steps on batches from the replay; returns the losses, scalars still on the device."""
+        config, network = self.config, self.network
+
+        def send(tensor: Tensor) -> Tensor:
+            return tensor.to(self.device, non_blocking=True)
+
+        def flatten(tensor: Tensor) -> Tensor:
+            return tensor.flatten(0, 1)  # (steps, B, ...) -> (steps * B, ...)
+
+        def at(tree: Any, step: int) -> Any:
+            return map_tensors(lambda tensor: tensor[step], tree)
+
+        losses = []
+        # Sample many batches at once (about 8,000 transitions), so that what does not depend on the weights
+        # being learned, above all the target network's values, costs one call for all of them.
+        at_once = max(1, 8192 // config.batch_size)
+        for done in range(0, gradient_steps, at_once):
+            shape = (min(at_once, gradient_steps - done), config.batch_size)
+            batch = map_tensors(send, self._start().sample(shape, self.sampling_rng))
+            obs, actions, next_obs = batch["obs"], batch["actions"], batch["next_obs"]
+            rewards, terminated = batch["rewards"], batch["terminated"]
+            with torch.no_grad():
+                next_q = self.target(map_tensors(flatten, next_obs)).unflatten(0, shape)  # (steps, B, A)
+                if not config.double:
+                    targets = td_target(rewards, terminated, next_q.amax(-1), config.gamma)  # (steps, B)
+            for i in range(shape[0]):
+                if config.double:
+                    with torch.no_grad():
+                        best = network(at(next_obs, i)).argmax(1, keepdim=True)  # (B, 1)
+                        values = next_q[i].gather(1, best).squeeze(1)
+                        target = td_target(rewards[i], terminated[i], values, config.gamma)
+                else:
+                    target = targets[i]
+                loss = self.loss(network, at(obs, i), actions[i], target)
+                self.weights.grad = clip_norm(flat_gradient(loss, self.parameters), config.max_grad_norm)
+                self.optimizer.step()
+                losses.append(loss.detach())
+            self.grad_step += shape[0]
+        return losses
+
+    def update_target(self) -> None:
+        """target <- tau online + (1 - tau) target; buffers (batch statistics, say) are copied."""
+        with torch.no_grad():
+            self.target_weights.lerp_(self.weights, self.config.tau)
+            for theirs, mine in zip(self.target.buffers(), self.network.buffers()):
+                theirs.copy_(mine)
+
+    def actions(self, obs: Any, deterministic: bool) -> np.ndarray:
+        # Greedy actions draw nothing that training uses, so that evaluating an agent never changes its
+        # training; others come from a stream of their own.
+        epsilon = 0.0 if deterministic else self.epsilon
+        return act(self.network, obs, self.num_actions, epsilon, self.predict_rng) + self.first_action
+
+    # Checkpoints.
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        replay = self._start()
+        tensors = {"target": self.target_weights.detach(), "sampling_rng": self.sampling_rng.get_state()}
+        tensors |= {f"target_buffer.{name}": t for name, t in self.target.named_buffers()}
+        for name, tensor in self.optimizer.state_dict()["state"].get(0, {}).items():
+            tensors[f"adam.{name}"] = tensor
+        env_arrays, env_meta = self.env.state()
+        tensors |= {f"env.{name}": torch.as_tensor(array) for name, array in env_arrays.items()}
+        meta = {
+            "env": env_meta,
+            "replay": replay.state(),
+            "acting_rng": rng_to_json(self.acting_rng),
+            "predict_rng": rng_to_json(self.predict_rng),
+            "epsilon": self.epsilon,
+        }
+        return tensors, meta
+
+    def segments(self) -> Iterable[tuple[str, Callable[[], dict[str, Tensor]]]]:
+        return self._start().segments()
+
+    def restore(
+        self, tensors: dict[str, Tensor], meta: dict[str, Any], load: Callable[[str], dict[str, Tensor]]
+    ) -> bool:
+        with torch.no_grad():
+            self.target_weights.copy_(tensors["target"])
+            for name, buffer in self.target.named_buffers():
+                buffer.copy_(tensors[f"target_buffer.{name}"])
+        self.sampling_rng.set_state(tensors["sampling_rng"])
+        rng_from_json(self.acting_rng, meta["acting_rng"])
+        rng_from_json(self.predict_rng, meta["predict_rng"])
+        self.epsilon = meta["epsilon"]
+        adam = {k.removeprefix("adam."): v for k, v in tensors.items() if k.startswith("adam.")}
+        if adam:
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": {0: adam}, "param_groups": groups})
+        arrays = {k.removeprefix("env."): v.numpy() for k, v in tensors.items() if k.startswith("env.")}
+        self.replay = self._make_replay()
+        self.replay.restore(meta["replay"], load)
+        self.obs, exact = self.env.restore(arrays, meta["env"])
+        if not exact:
+            self.replay.reset(self.obs)
+        return exact

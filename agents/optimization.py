@@ -1,0 +1,51 @@
+"""Flat parameters: one tensor for all weights, so that an optimizer step is one kernel, not one a layer.
+
+The arithmetic is elementwise, so the same lines serve weights (P,) and the weights of S seeds (S, P).
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def flatten_parameters(module: nn.Module) -> nn.Parameter:
+    """Move a module's trainable parameters into one contiguous tensor (P,) and return it.
+
+    The module goes on working: its parameters become views into the returned tensor, in the order of
+    `module.parameters()`. Call it after `.to(device)`, which would cut the views loose.
+    """
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    flat = torch.cat([p.detach().reshape(-1) for p in parameters])
+    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters])):
+        parameter.data = part.view_as(parameter)
+    return nn.Parameter(flat)
+
+
+def flat_gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
+    """d loss / d parameters as one tensor (P,), in the layout of `flatten_parameters`."""
+    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, parameters)])
+
+
+def clip_norm(gradient: Tensor, max_norm: float) -> Tensor:
+    """Scale gradients (..., P) down to an L2 norm of at most `max_norm` along the last axis."""
+    norm = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
+    return gradient * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def compile_or_eager(function: Callable[..., Tensor], *example: object) -> Callable[..., Tensor]:
+    """`torch.compile(function)`, tried on an example; the function itself where this machine cannot compile.
+
+    A machine without a C++ compiler must train, only slower.
+    """
+    compiled = torch.compile(function)
+    try:
+        compiled(*example)
+    except Exception as error:  # whatever the compiler stack raises, eager is right and slower
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        warnings.warn(
+            f"torch.compile does not work here ({reason}); training goes on without it", stacklevel=2
+        )
+        return function
+    return compiled

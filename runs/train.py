@@ -1,0 +1,324 @@
+"""Train an agent into a run folder: log, evaluate, checkpoint, stop, resume, and show what came out."""
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from ..agents import AGENTS, Agent, load, load_checkpoint, newest_first, save_checkpoint, sweep
+from ..agents.agent import passes
+from ..agents.progress import progress as progress_display
+from ..envs import make_vec
+from ..vision import find_weights, is_image, read_weights
+from .evaluation import evaluate, evaluation_row, random_policy_return, validation_seed
+from .plots import learning_curve
+from .run import Run, create_run, open_run, resume_run
+from .video import NoVideo, record
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a training run is, beside the agent's own settings."""
+
+    env_id: str = "CartPole-v1"
+    """Environment: a Gymnasium id, ALE/..., MinAtar/..., or module:Env-v0 for one of your own."""
+    total_steps: int = 50_000
+    """Environment steps to train for, all environments together."""
+    seed: int = 1
+    """Seed of everything random in the run."""
+    encoder: str = "auto"
+    """mlp, nature, impala, module:Class, or the path of a trained run; auto is what fits the observations."""
+    env_kwargs: tuple[str, ...] = ()
+    """Arguments for the environment, as name=value (values are read as JSON, else as text)."""
+    max_episode_steps: int | None = None
+    """Step limit of an episode, where the environment's own is not wanted."""
+    backend: Literal["auto", "sync", "async", "native"] = "auto"
+    """How environments are stepped side by side; async puts each into a process."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1...; auto is cuda where there is one."""
+    threads: int = 0
+    """CPU threads for torch; 0 is one for vectors (more only slows small networks down), all for images."""
+    init_from: Path | None = None
+    """Start from the weights (only) of this run, checkpoint or file."""
+
+    results: Path = Path("results")
+    """Folder of all runs."""
+    group: str | None = None
+    """Runs to be compared share a group; by default agent and environment."""
+    name: str | None = None
+    """Name of the run; by default its seed."""
+    tags: tuple[str, ...] = ()
+    """Words to find the run by in a dashboard."""
+    track: Literal["offline", "online", "off"] = "offline"
+    """Weights & Biases: offline needs no account and no network."""
+
+    log_every: int = 1_000
+    """Environment steps between two rows of metrics."""
+    eval_every: int = 5_000
+    """Environment steps between two evaluations, which choose the best checkpoint; 0 for none."""
+    eval_episodes: int = 20
+    """Episodes of such an evaluation."""
+    final_episodes: int = 100
+    """Fresh episodes of the score at the end."""
+    checkpoint_every: int = 10_000
+    """Environment steps between two checkpoints."""
+    target_score: float | None = None
+    """Stop as soon as an evaluation reaches this mean score."""
+    video: bool = True
+    """Record an mp4 of the greedy policy at the end."""
+    progress: bool = True
+    """Show progress while training."""
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "log_every", "eval_episodes", "final_episodes", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        for name in ("eval_every", "threads"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be between 0 and 2**32 - 1, got {self.seed}")
+        parse_env_kwargs(self.env_kwargs)
+
+
+def parse_env_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
+    """("sutton_barto_reward=true", "difficulty=2") -> {"sutton_barto_reward": True, "difficulty": 2}."""
+    kwargs = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not (name.isidentifier() and equals):
+            raise ValueError(f"env_kwargs takes name=value, got {pair!r}")
+        try:
+            kwargs[name] = json.loads(value)
+        except json.JSONDecodeError:
+            kwargs[name] = value
+    return kwargs
+
+
+def train(agent_name: str, options: Options, config: Any) -> Run:
+    """Train a new agent into a new run folder, which is finished, stopped or failed when this returns.
+
+    Raises ValueError or OSError, before any folder is made, for whatever cannot be taken.
+    """
+    env = make_vec(
+        options.env_id,
+        config.num_envs,
+        options.seed,
+        backend=options.backend,
+        env_kwargs=parse_env_kwargs(options.env_kwargs),
+        max_episode_steps=options.max_episode_steps,
+    )
+    agent = AGENTS[agent_name](env, config, encoder=options.encoder, seed=options.seed, device=options.device)
+    parents = []
+    if options.init_from is not None:
+        parents = [find_weights(options.init_from)]
+        agent.load_weights(read_weights(parents[0])[0], parents[0])
+    run = create_run(
+        options.results,
+        group=options.group or f"{agent_name}-{options.env_id}",
+        name=options.name or f"seed{options.seed}",
+        config={
+            "agent": agent_name,
+            "env_id": options.env_id,
+            "seed": options.seed,
+            "total_steps": options.total_steps,
+            "device": str(agent.device),
+            "encoder": agent.describe()["encoder"]["name"],
+            "parameters": sum(p.numel() for p in agent.network.parameters()),
+            "config": asdict(config),
+            "options": json.loads(json.dumps(asdict(options), default=str)),
+        },
+        tags=options.tags,
+        track=options.track,
+        parents=parents,
+    )
+    with _closing(run):
+        save_checkpoint(agent, run.path / "checkpoints")  # so that a run can be resumed from its first moment
+        return _train(run, agent, options)
+
+
+def resume(path: Path, total_steps: int | None, checkpoint: str | None, progress: bool = True) -> Run:
+    """Go on with a run from its newest checkpoint, or the one named, as if it had never stopped.
+
+    A finished run needs more `total_steps` to go on. Raises ValueError or FileNotFoundError, naming the file
+    and the checkpoint before it, where a checkpoint is not whole.
+    """
+    path = open_run(path).path
+    stored = open_run(path).config["options"]
+    changes = {"progress": progress} | ({} if total_steps is None else {"total_steps": total_steps})
+    options = Options(
+        **{**stored, "init_from": None, **{k: tuple(stored[k]) for k in ("env_kwargs", "tags")}, **changes}
+    )
+    checkpoints = newest_first(path / "checkpoints")
+    chosen = next((folder for folder in checkpoints if checkpoint in (None, folder.name)), None)
+    if chosen is None:
+        names = ", ".join(folder.name for folder in checkpoints) or "none"
+        raise FileNotFoundError(f"{path} has no checkpoint {checkpoint or ''} to resume from; it has {names}")
+    try:
+        agent = load(chosen, device=options.device)
+        if agent.env_step >= options.total_steps:
+            raise ValueError(
+                f"{path} is finished: {agent.env_step:,} of {options.total_steps:,} steps; "
+                "to train it further, give more --total-steps"
+            )
+        exact = load_checkpoint(chosen, agent)
+    except (ValueError, FileNotFoundError) as error:
+        older = next((folder.name for folder in checkpoints if folder < chosen), None)
+        hint = f"; to go on from the one before it: --checkpoint {older}" if older else ""
+        raise ValueError(f"{error}{hint}") from error
+    run = resume_run(path)
+    with _closing(run):
+        sweep(path / "checkpoints", after=chosen)
+        if not exact:
+            run.summarize({"resume_exact": False})
+            say("an environment could not be replayed to where it was, and starts a new episode")
+        return _train(run, agent, options)
+
+
+def _train(run: Run, agent: Agent, options: Options) -> Run:
+    torch.set_num_threads(
+        options.threads or (os.cpu_count() or 1 if is_image(agent.observation_space) else 1)
+    )
+    checkpoints, start = run.path / "checkpoints", agent.env_step
+    past = [row for row in run.rows() if row["env_step"] <= start]
+    best = max((row["eval/return_mean"] for row in past if "eval/return_mean" in row), default=-np.inf)
+    clock = time.perf_counter() - max((row["time/wall_s"] for row in past), default=0.0)
+    label = f"{agent.name} {options.env_id} seed {options.seed}"
+    state = "finished"
+
+    with (
+        stop_signals() as stop,
+        progress_display(options.total_steps, start, enabled=options.progress, label=label) as show,
+    ):
+        saved = start
+        for row in agent.training(options.total_steps, options.log_every):
+            now, end = row["env_step"], row["env_step"] >= options.total_steps
+            if options.eval_every and (passes(options.eval_every, now - options.log_every, now) or end):
+                result = evaluate(agent, options.eval_episodes, seed=validation_seed(options.seed))
+                row |= evaluation_row(result)
+                if result["eval/return_mean"] >= best:  # of equals the one that was trained for longer
+                    best = result["eval/return_mean"]
+                    (checkpoints / "best").mkdir(exist_ok=True)
+                    agent.save(checkpoints / "best" / "agent.safetensors")
+            row["time/wall_s"] = time.perf_counter() - clock
+            run.log(row)
+            show(row)
+            if stop():
+                state = "stopped"
+            reached = options.target_score is not None and best >= options.target_score
+            if now - saved >= options.checkpoint_every or end or reached or state == "stopped":
+                save_checkpoint(agent, checkpoints)
+                saved = now
+            if reached or state == "stopped":
+                break
+
+    if state == "stopped":
+        run.summarize({"wall_s": row["time/wall_s"]})
+        run.finish(state)
+        say(f"stopped at {agent.env_step:,} steps; to go on: foveal resume {run.path}")
+        return run
+    _conclude(run, agent, options, time.perf_counter() - clock)
+    run.finish(state)
+    return run
+
+
+def _conclude(run: Run, agent: Agent, options: Options, wall_s: float) -> None:
+    """Score the run on fresh episodes, draw its curve, film its policy, and say where all of it is."""
+    last = evaluate(agent, options.final_episodes)
+    scored, score, what = agent, last, "last weights"
+    best = run.path / "checkpoints" / "best" / "agent.safetensors"
+    if best.exists():
+        scored = load(best, device=str(agent.device))
+        score, what = evaluate(scored, options.final_episodes), f"best checkpoint, step {scored.env_step:,}"
+    random_return = random_policy_return(agent.env_spec(), options.final_episodes)
+    run.summarize(
+        {key: value for key, value in score.items() if key != "eval/returns"}
+        | {
+            "eval/env_step": scored.env_step,
+            "last/return_mean": last["eval/return_mean"],
+            "baseline/random_policy": random_return,
+            "speed/env_steps_per_s": agent.env_step / wall_s,
+            "speed/updates_per_s": agent.grad_step / wall_s,
+            "wall_s": wall_s,
+        }
+    )
+    low, high = score["eval/return_ci95"]
+    say(
+        f"score: {score['eval/return_mean']:.1f} \u00b1 {score['eval/return_std']:.1f} over "
+        f"{score['eval/episodes']} episodes (95 % interval {low:.1f} to {high:.1f}; {what})"
+    )
+    say(f"last weights: {last['eval/return_mean']:.1f}; random policy: {random_return:.1f}")
+    curve = run.path / "plots" / "learning_curve.png"
+    learning_curve(
+        run.rows(),
+        curve,
+        title=f"{agent.name} on {options.env_id}, seed {options.seed}",
+        baseline=random_return,
+        best=(scored.env_step, score["eval/return_mean"]),
+    )
+    run.image("plots/learning_curve", curve, env_step=agent.env_step)
+    say(f"learning curve: {curve}")
+    if options.video:
+        try:
+            film = record(scored, run.path / "videos" / "policy.mp4")
+            run.video("videos/policy", film, env_step=scored.env_step)
+            say(f"video: {film}")
+        except NoVideo as reason:
+            say(f"video: none ({reason})")
+    if best.exists():
+        run.artifact("agent", "model", best, {"env_step": scored.env_step})
+        say(f"best checkpoint: {best}")
+    say(f"run folder: {run.path}")
+    if options.track == "offline":
+        say(f"offline W&B run, to send once logged in: wandb sync {run.path / 'wandb'}/offline-run-*")
+    say(f"again: foveal evaluate {run.path}")
+
+
+@contextmanager
+def _closing(run: Run) -> Iterator[None]:
+    """A run that raises is marked as failed, whatever the reason."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        run.finish("stopped")
+        raise
+    except BaseException:
+        run.finish("failed")
+        raise
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Within it Ctrl-C and SIGTERM only ask to stop, which the function it gives tells.
+
+    A second Ctrl-C interrupts at once.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
+        yield lambda: False
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
