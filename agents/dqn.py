@@ -43,6 +43,8 @@ class DQNConfig:
     """Environments stepped side by side."""
     learning_rate: float = 6.3e-4
     """Adam's step size."""
+    learning_rate_final: float | None = None
+    """Step size that `learning_rate` falls to, linearly over the training; None keeps it constant."""
     batch_size: int = 128
     """Transitions in one gradient step."""
     buffer_size: int = 50_000
@@ -86,6 +88,8 @@ class DQNConfig:
         for name in ("learning_rate", "max_grad_norm", "adam_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
+        if self.learning_rate_final is not None and not self.learning_rate_final >= 0:
+            raise ValueError(f"learning_rate_final must be 0 or more, got {self.learning_rate_final}")
         for name in ("gamma", "exploration_initial", "exploration_final"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
@@ -169,6 +173,12 @@ def q_loss(network: Callable[[Any], Tensor], obs: Any, actions: Tensor, targets:
     """Huber(Q(s, a) - y), mean over the batch. obs (B, ...), actions (B,) int64, targets (B,) -> scalar."""
     q = network(obs).gather(1, actions.unsqueeze(1)).squeeze(1)  # (B,)
     return F.smooth_l1_loss(q, targets)
+
+
+def learning_rate_at(env_step: int, total_steps: int, config: DQNConfig) -> float:
+    """Linear from `learning_rate` to `learning_rate_final` over the whole training."""
+    final = config.learning_rate if config.learning_rate_final is None else config.learning_rate_final
+    return config.learning_rate + min(1.0, env_step / total_steps) * (final - config.learning_rate)
 
 
 def epsilon_at(env_step: int, total_steps: int, config: DQNConfig) -> float:
@@ -267,6 +277,7 @@ class DQN(Agent):
             if passes(config.target_every, before, self.env_step):
                 self.update_target()
             if self.env_step > config.learning_starts and passes(config.train_every, before, self.env_step):
+                self.optimizer.param_groups[0]["lr"] = learning_rate_at(self.env_step, total_steps, config)
                 losses += self.update(config.gradient_steps)
 
             # Report.

@@ -1,0 +1,206 @@
+"""The Encoder contract, over the whole registry, and inside Stable-Baselines3."""
+
+import numpy as np
+import pytest
+import torch
+from foveal.agents import DQN
+from foveal.vision import ENCODERS, default_encoder, make_encoder, space_from_json, space_to_json
+from foveal.vision.weights import read_weights, write_weights
+from gymnasium import spaces
+
+IMAGE = spaces.Box(0, 255, (4, 84, 84), np.uint8)
+PLANES = spaces.Box(0, 1, (4, 10, 10), np.uint8)
+VECTOR = spaces.Box(-np.inf, np.inf, (3,), np.float32)
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "count", "feature_map"),
+    [
+        ("nature", (4, 84, 84), 1_684_128, (64, 7, 7)),
+        ("impala", (4, 84, 84), 1_089_232, (32, 11, 11)),
+        ("impala", (3, 64, 64), 622_144, (32, 8, 8)),
+    ],
+)
+def test_parameter_counts_and_maps(name, shape, count, feature_map):
+    encoder = make_encoder(name, spaces.Box(0, 255, shape, np.uint8))
+    assert parameters(encoder) == count
+    obs = torch.zeros(2, *shape, dtype=torch.uint8)
+    assert encoder.feature_map(obs).shape == (2, *feature_map)
+    assert encoder(obs).shape == (2, encoder.features_dim)
+
+
+def test_nature_layer_shapes():
+    encoder = make_encoder("nature", IMAGE)
+    x, shapes = torch.zeros(1, 4, 84, 84), []
+    for layer in encoder.conv:
+        x = layer(x)
+        if isinstance(layer, torch.nn.Conv2d):
+            shapes.append(tuple(x.shape[1:]))
+    assert shapes == [(32, 20, 20), (64, 9, 9), (64, 7, 7)]
+
+
+@pytest.mark.parametrize("name", list(ENCODERS))
+def test_scaled_once_whatever_the_dtype(name):
+    """uint8, and the float 0-255 that Stable-Baselines3 casts to, give equal features."""
+    torch.manual_seed(0)
+    encoder = make_encoder(name, IMAGE)
+    obs = torch.randint(0, 256, (2, 4, 84, 84), dtype=torch.uint8)
+    features = encoder(obs)
+    torch.testing.assert_close(features, encoder(obs.float()), rtol=0, atol=0)
+    # and the same as a network that is given numbers in [0, 1] without any scaling
+    unit = make_encoder(name, spaces.Box(0, 1, (4, 84, 84), np.float32))
+    unit.load_state_dict(encoder.state_dict())
+    torch.testing.assert_close(features, unit(obs.float() / 255))
+
+
+def test_planes_of_high_one_are_not_scaled():
+    torch.manual_seed(0)
+    encoder = make_encoder("mlp", PLANES)
+    obs = torch.randint(0, 2, (2, 4, 10, 10), dtype=torch.uint8)
+    torch.testing.assert_close(encoder(obs), encoder.layers(obs.float()))
+
+
+def test_discrete_is_one_hot_given_as_integers_or_as_one():
+    torch.manual_seed(0)
+    space = spaces.Discrete(5, start=2)
+    encoder = make_encoder("mlp", space)
+    one_hot = torch.nn.functional.one_hot(torch.tensor([0, 3]), 5).float()
+    torch.testing.assert_close(encoder(torch.tensor([2, 5])), encoder(one_hot))
+    assert not torch.equal(encoder(torch.tensor([2])), encoder(torch.tensor([3])))
+
+
+def test_multidiscrete_is_one_hots_side_by_side():
+    torch.manual_seed(0)
+    encoder = make_encoder("mlp", spaces.MultiDiscrete([2, 3]))
+    torch.testing.assert_close(
+        encoder(torch.tensor([[1, 2]])), encoder(torch.tensor([[0.0, 1.0, 0.0, 0.0, 1.0]]))
+    )
+
+
+def test_dict_concatenates_one_encoder_a_key():
+    space = spaces.Dict({"camera": IMAGE, "speed": VECTOR})
+    encoder = make_encoder("auto", space)
+    assert encoder.features_dim == 512 + 256
+    obs = {"camera": torch.zeros(2, 4, 84, 84, dtype=torch.uint8), "speed": torch.ones(2, 3)}
+    features = encoder(obs)
+    assert features.shape == (2, 768)
+    torch.testing.assert_close(features[:, 512:], encoder.parts["speed"](obs["speed"]))
+
+
+@pytest.mark.parametrize(("space", "name"), [(VECTOR, "mlp"), (IMAGE, "nature"), (PLANES, "impala")])
+def test_default_encoder(space, name):
+    assert default_encoder(space) == name
+    assert make_encoder("auto", space)(torch.as_tensor(space.sample()[None])).shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "space", "message"),
+    [
+        ("natur", IMAGE, "unknown encoder 'natur'; nearest: nature"),
+        ("nature", VECTOR, "NatureCNN takes images"),
+        ("nature", PLANES, "36x36 pixels or more, got 10x10"),
+        ("no_such_module:Thing", IMAGE, "cannot be imported"),
+    ],
+)
+def test_bad_encoders_are_refused_in_one_line(name, space, message):
+    with pytest.raises(ValueError, match=message) as error:
+        make_encoder(name, space)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        IMAGE,
+        VECTOR,
+        spaces.Discrete(3, start=1),
+        spaces.MultiDiscrete([2, 5]),
+        spaces.MultiBinary(4),
+        spaces.Box(np.array([-1, 0], np.float32), np.array([1, 2], np.float32)),
+        spaces.Dict({"a": VECTOR, "b": spaces.Discrete(2)}),
+    ],
+)
+def test_spaces_round_trip_as_json(space):
+    import json
+
+    assert space_from_json(json.loads(json.dumps(space_to_json(space)))) == space
+
+
+def test_encoder_of_a_trained_agent_loads_and_other_specs_are_refused(tmp_path):
+    agent = DQN("CartPole-v1", seed=3)
+    path = agent.save(tmp_path / "agent.safetensors")
+    encoder = make_encoder(str(path), agent.observation_space)
+    for name, tensor in agent.network.encoder.state_dict().items():
+        torch.testing.assert_close(encoder.state_dict()[name], tensor, rtol=0, atol=0)
+    with pytest.raises(ValueError, match=r"is for .*\[4\].* these observations are .*\[3\]"):
+        make_encoder(str(path), VECTOR)
+    # An agent made from it keeps the architecture's name, so that its own file needs no other file.
+    second = DQN("CartPole-v1", encoder=str(path))
+    assert second.describe()["encoder"]["name"] == "mlp"
+
+
+def test_cut_weights_file_is_refused_by_name(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    write_weights(path, {"a": torch.ones(100)}, {})
+    assert torch.equal(read_weights(path)[0]["a"], torch.ones(100))
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="weights.safetensors is not a whole safetensors file"):
+        read_weights(path)
+
+
+def test_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "weights.safetensors"
+    write_weights(path, {"a": torch.ones(3)}, {})
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_weights(path, {"a": torch.zeros(3)}, {})
+    assert torch.equal(read_weights(path)[0]["a"], torch.ones(3))
+    assert [p.name for p in tmp_path.iterdir()] == ["weights.safetensors"]
+
+
+class TestInsideStableBaselines3:
+    """Every encoder is a features_extractor_class, unchanged, and its weights are trained there."""
+
+    @pytest.mark.parametrize(
+        ("algorithm", "name", "settings"),
+        [
+            ("DQN", "mlp", {"learning_starts": 8, "train_freq": 4, "batch_size": 8}),
+            ("PPO", "mlp", {"n_steps": 16, "batch_size": 8, "n_epochs": 1}),
+            ("DQN", "nature", {"learning_starts": 8, "train_freq": 4, "batch_size": 8, "buffer_size": 100}),
+            ("PPO", "nature", {"n_steps": 16, "batch_size": 8, "n_epochs": 1}),
+            ("DQN", "impala", {"learning_starts": 8, "train_freq": 4, "batch_size": 8, "buffer_size": 100}),
+            ("PPO", "impala", {"n_steps": 16, "batch_size": 8, "n_epochs": 1}),
+        ],
+    )
+    def test_trains(self, algorithm, name, settings):
+        import stable_baselines3 as sb3
+        from stable_baselines3.common.envs import FakeImageEnv
+
+        env = "CartPole-v1"
+        if name != "mlp":
+            env = FakeImageEnv(
+                screen_height=40, screen_width=40, n_channels=3, discrete=True, channel_first=True
+            )
+        model = getattr(sb3, algorithm)(
+            "MlpPolicy" if name == "mlp" else "CnnPolicy",
+            env,
+            policy_kwargs={"features_extractor_class": ENCODERS[name], "normalize_images": False},
+            device="cpu",
+            seed=0,
+            **settings,
+        )
+        extractor = (
+            model.policy.q_net.features_extractor if algorithm == "DQN" else model.policy.features_extractor
+        )
+        assert type(extractor) is ENCODERS[name]
+        before = [p.detach().clone() for p in extractor.parameters()]
+        model.learn(32)
+        assert any(not torch.equal(b, p) for b, p in zip(before, extractor.parameters()))
