@@ -6,12 +6,23 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
+
 from foveal.agents import AGENTS, DQN, load
-from foveal.agents.dqn import RECIPES, DQNConfig, QNetwork, act, epsilon_at, learning_rate_at, q_loss, recipe, td_target
+from foveal.agents.dqn import (
+    RECIPES,
+    DQNConfig,
+    QNetwork,
+    act,
+    epsilon_at,
+    learning_rate_at,
+    q_loss,
+    recipe,
+    td_target,
+)
 from foveal.agents.optimization import clip_norm, flat_gradient, flatten_parameters
 from foveal.envs import make_vec
 from foveal.vision import make_encoder
-from gymnasium import spaces
 
 SMALL = DQNConfig(learning_starts=50, train_every=10, gradient_steps=3, batch_size=16, buffer_size=1000)
 
@@ -100,14 +111,14 @@ def test_flat_parameters_are_the_module():
 
 
 def test_update_stacks_over_seeds():
-    """The loss is a function of what it is given: vmap over stacked weights gives each seed's own gradient."""
+    """The loss touches only what it is given: vmap over stacked weights gives each seed's own gradient."""
     space = spaces.Box(-1, 1, (3,))
     networks = []
     for seed in range(3):
         torch.manual_seed(seed)
         networks.append(QNetwork(make_encoder("mlp", space, features_dim=8, hidden=(8,)), 2))
     obs, actions, targets = torch.randn(3, 5, 3), torch.randint(2, (3, 5)), torch.randn(3, 5)
-    stacked, buffers = torch.func.stack_module_state(networks)
+    stacked, _ = torch.func.stack_module_state(networks)
 
     def loss(parameters, obs, actions, targets):
         def network(x):
@@ -127,7 +138,7 @@ def test_update_stacks_over_seeds():
 
 @pytest.mark.parametrize("double", [False, True])
 def test_update_is_the_plain_algorithm(double):
-    """Sampling many batches at once, valuing them in one call, flat weights: the same numbers as a plain loop."""
+    """Many batches sampled and valued at once, flat weights: the numbers of a plain loop."""
     config = DQNConfig(
         learning_starts=0,
         train_every=1000,

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
+
 from foveal.agents import DQN
 from foveal.vision import ENCODERS, default_encoder, make_encoder, space_from_json, space_to_json
 from foveal.vision.weights import read_weights, write_weights
-from gymnasium import spaces
 
 IMAGE = spaces.Box(0, 255, (4, 84, 84), np.uint8)
 PLANES = spaces.Box(0, 1, (4, 10, 10), np.uint8)
@@ -148,7 +149,7 @@ def test_cut_weights_file_is_refused_by_name(tmp_path):
     write_weights(path, {"a": torch.ones(100)}, {})
     assert torch.equal(read_weights(path)[0]["a"], torch.ones(100))
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="weights.safetensors is not a whole safetensors file"):
+    with pytest.raises(ValueError, match=r"weights\.safetensors is not a whole safetensors file"):
         read_weights(path)
 
 
