@@ -31,7 +31,14 @@ from .agent import (
     rng_to_json,
     to_tensors,
 )
-from .optimization import clip_norm, compile_or_eager, flat_gradient, flatten_parameters
+from .optimization import (
+    adam_state,
+    adam_step,
+    clip_norm,
+    compile_or_eager,
+    flat_gradient,
+    flatten_parameters,
+)
 from .replay import Replay
 
 
@@ -246,9 +253,7 @@ class DQN(Agent):
         self.weights = flatten_parameters(self.network)
         self.target_weights = flatten_parameters(self.target)
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.Adam(
-            [self.weights], lr=self.config.learning_rate, eps=self.config.adam_eps, fused=True
-        )
+        self.adam = adam_state(self.weights)
         self.loss: Callable[..., Tensor] = q_loss
         self.epsilon = self.config.exploration_initial
         self.replay: Replay | None = None
@@ -277,8 +282,8 @@ class DQN(Agent):
             if passes(config.target_every, before, self.env_step):
                 self.update_target()
             if self.env_step > config.learning_starts and passes(config.train_every, before, self.env_step):
-                self.optimizer.param_groups[0]["lr"] = learning_rate_at(self.env_step, total_steps, config)
-                losses += self.update(config.gradient_steps)
+                rate = learning_rate_at(self.env_step, total_steps, config)
+                losses += self.update(config.gradient_steps, rate)
 
             # Report.
             if passes(log_every, before, self.env_step) or self.env_step >= total_steps:
@@ -320,7 +325,7 @@ class DQN(Agent):
             self.loss = compile_or_eager(q_loss, self.network, obs, zeros.long(), zeros)
         return self.replay
 
-    def update(self, gradient_steps: int) -> list[Tensor]:
+    def update(self, gradient_steps: int, learning_rate: float) -> list[Tensor]:
         """Take gradient steps on batches from the replay; returns the losses, scalars still on the device."""
         config, network = self.config, self.network
 
@@ -355,8 +360,8 @@ class DQN(Agent):
                 else:
                     target = targets[i]
                 loss = self.loss(network, at(obs, i), actions[i], target)
-                self.weights.grad = clip_norm(flat_gradient(loss, self.parameters), config.max_grad_norm)
-                self.optimizer.step()
+                gradient = clip_norm(flat_gradient(loss, self.parameters), config.max_grad_norm)
+                adam_step(self.weights, gradient, self.adam, learning_rate, config.adam_eps)
                 losses.append(loss.detach())
             self.grad_step += shape[0]
         return losses
@@ -380,8 +385,7 @@ class DQN(Agent):
         replay = self._start()
         tensors = {"target": self.target_weights.detach(), "sampling_rng": self.sampling_rng.get_state()}
         tensors |= {f"target_buffer.{name}": t for name, t in self.target.named_buffers()}
-        for name, tensor in self.optimizer.state_dict()["state"].get(0, {}).items():
-            tensors[f"adam.{name}"] = tensor
+        tensors |= {f"adam.{name}": tensor for name, tensor in self.adam._asdict().items()}
         env_arrays, env_meta = self.env.state()
         tensors |= {f"env.{name}": torch.as_tensor(array) for name, array in env_arrays.items()}
         meta = {
@@ -407,10 +411,8 @@ class DQN(Agent):
         rng_from_json(self.acting_rng, meta["acting_rng"])
         rng_from_json(self.predict_rng, meta["predict_rng"])
         self.epsilon = meta["epsilon"]
-        adam = {k.removeprefix("adam."): v for k, v in tensors.items() if k.startswith("adam.")}
-        if adam:
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": {0: adam}, "param_groups": groups})
+        for name, tensor in self.adam._asdict().items():
+            tensor.copy_(tensors[f"adam.{name}"])
         arrays = {k.removeprefix("env."): v.numpy() for k, v in tensors.items() if k.startswith("env.")}
         self.replay = self._make_replay()
         self.replay.restore(meta["replay"], load)

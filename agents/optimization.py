@@ -5,6 +5,7 @@ The arithmetic is elementwise, so the same lines serve weights (P,) and the weig
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,43 @@ def clip_norm(gradient: Tensor, max_norm: float) -> Tensor:
     """Scale gradients (..., P) down to an L2 norm of at most `max_norm` along the last axis."""
     norm = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
     return gradient * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+class Adam(NamedTuple):
+    """What `adam_step` keeps: running means of gradients and of their squares (..., P), and the steps taken.
+
+    The count is a float32 scalar tensor, because CUDA graphs capture no Python numbers.
+    """
+
+    mean: Tensor
+    square: Tensor
+    count: Tensor
+
+
+def adam_state(weights: Tensor) -> Adam:
+    """The state before the first step."""
+    return Adam(torch.zeros_like(weights), torch.zeros_like(weights), weights.new_zeros(()))
+
+
+@torch.no_grad()
+def adam_step(
+    weights: Tensor,
+    gradient: Tensor,
+    state: Adam,
+    learning_rate: float | Tensor,
+    eps: float = 1e-8,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> None:
+    """One step of Adam (Kingma and Ba 2014, 1412.6980, algorithm 1), in place. Tensors are (..., P).
+
+    The same numbers as torch.optim.Adam, whose first use imports torch's compiler: a second of every start.
+    """
+    mean, square, count = state
+    count += 1
+    mean.lerp_(gradient, 1 - betas[0])
+    square.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
+    deviation = (square / (1 - betas[1] ** count)).sqrt_().add_(eps)
+    weights.addcdiv_(mean * (-learning_rate / (1 - betas[0] ** count)), deviation)
 
 
 def compile_or_eager(function: Callable[..., Tensor], *example: object) -> Callable[..., Tensor]:

@@ -110,7 +110,7 @@ class MLP(Encoder):
         widths = [flat_size(observation_space), *hidden, features_dim]
         layers: list[nn.Module] = [nn.Flatten()]
         for inputs, outputs in itertools.pairwise(widths):
-            layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+            layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True)]
         self.layers = nn.Sequential(*layers)
 
     def features(self, x: Tensor) -> Tensor:
