@@ -1,0 +1,274 @@
+"""The W&B side of a run: a view of metrics.jsonl for dashboards, offline unless asked for otherwise.
+
+wandb is imported when a run starts (half a second or more) and its calls are made by one thread behind a
+queue: a call takes W&B 0.2 ms and more, of which the training should only pay for the queue. Rows carry their
+axis and are never given a `step=`, which drops rows that come late.
+"""
+
+import contextlib
+import netrc
+import os
+import queue
+import threading
+import time
+import urllib.parse
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from .wandb_file import has_exit, read_rows
+
+AXES = ("env_step", "grad_step", "epoch")
+"""What a row can be logged against: steps of all environments together, gradient steps, epochs."""
+TRACKS = ("offline", "online", "off")
+QUEUE = 10_000
+"""Items that may wait for W&B. A caller that is further ahead waits: nothing is dropped."""
+
+FINISH_S = 30
+"""Seconds that the end of a run may wait for W&B's process to write the end of its file."""
+
+
+class Tracker:
+    """A W&B run of the run folder `folder`, whose config.json is `config`.
+
+    It reads which rows earlier W&B files of this folder hold and does not send them again. Should W&B fail
+    later, that is one warning: training goes on, and `resume` sends what is missing from metrics.jsonl.
+
+    Raises `ConnectionError` if W&B does not start.
+    """
+
+    def __init__(self, folder: Path, config: Mapping[str, Any], track: str) -> None:
+        self._rows_sent, self._media_sent = _sent(folder)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_wandb_environment(folder))
+            try:
+                self._wandb_run = _init(folder, config, track)
+            except Exception as error:
+                raise ConnectionError(f"W&B (track {track}) did not start: {error}") from error
+            self._leave = stack.pop_all().close
+        self._declared: set[str] = set()
+        self._broken = False
+        # Of the queues, the one whose put a signal handler may interrupt and call again.
+        self._queue: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._write, name="wandb-writer", daemon=True)
+        self._thread.start()
+
+    def log(self, index: int, axis: str, row: Mapping[str, Any]) -> None:
+        """Row number `index` of metrics.jsonl."""
+        if index >= self._rows_sent:
+            self._put(self._log, axis, row)
+
+    def media(self, kind: str, key: str, path: Path, axis: Mapping[str, int]) -> None:
+        """An "image" or a "video" (mp4) at one axis, unless this run's W&B files already have it."""
+        if len(axis) != 1 or not axis.keys() <= set(AXES):
+            raise ValueError(f"{key}: got axes {', '.join(axis) or 'none'}, takes one of {', '.join(AXES)}")
+        if not path.is_file():
+            raise FileNotFoundError(f"{key}: there is no file {path}")
+        if (key, *next(iter(axis.items()))) not in self._media_sent:
+            self._put(self._media, kind, key, path, axis)
+
+    def artifact(self, name: str, type: str, path: Path, metadata: Mapping[str, Any]) -> None:
+        self._put(self._artifact, name, type, path, metadata)
+
+    def finish(self, rows: list[dict[str, Any]], summary: Mapping[str, Any], *, failed: bool) -> None:
+        """Wait until everything is sent, set W&B's summary to that of the whole run, and end."""
+        self._put(self._finish, rows, summary, failed)
+        self._queue.put(None)
+        self._thread.join()
+        self._leave()
+
+    def _put(self, *item: Any) -> None:
+        while self._queue.qsize() >= QUEUE:
+            time.sleep(0.01)
+        self._queue.put(item)
+
+    def _write(self) -> None:
+        while item := self._queue.get():
+            do, *arguments = item
+            if self._broken:
+                continue
+            try:
+                do(*arguments)
+            except Exception as error:
+                self._failed(do, error)
+
+    def _failed(self, do: Callable[..., None], error: Exception) -> None:
+        message = f"W&B failed: {error or type(error).__name__}. The run goes on"
+        if do in (self._media, self._artifact):
+            warnings.warn(f"{message}: one image, video or artifact is not in W&B", stacklevel=1)
+            return
+        # Rows are sent in order or not at all: a resume counts those that are there.
+        self._broken = True
+        message += " without it: metrics.jsonl has every row, and a resume sends the rest"
+        warnings.warn(message, stacklevel=1)
+        import wandb
+
+        with contextlib.suppress(Exception):
+            wandb.teardown()  # or W&B's own hook shows a traceback when Python exits
+
+    def _log(self, axis: str, row: Mapping[str, Any]) -> None:
+        for key in row:
+            if key not in self._declared:
+                self._declare(key, axis)
+        self._wandb_run.log(dict(row))
+
+    def _declare(self, key: str, axis: str) -> None:
+        """A family of metrics (`train/*`) goes against the axis that it first came with; those with a best
+        value keep it in W&B's summary beside the last one."""
+        self._declared.add(key)
+        family = f"{key.split('/')[0]}/*" if "/" in key else key
+        if key in AXES:
+            self._wandb_run.define_metric(key)
+        elif family not in self._declared:
+            self._declared.add(family)
+            self._wandb_run.define_metric(family, step_metric=axis)
+        if best := best_of(key):
+            # "max" alone would take the plain last value out of the summary
+            self._wandb_run.define_metric(key, step_metric=axis, summary=f"{best},last")
+
+    def _media(self, kind: str, key: str, path: Path, axis: Mapping[str, int]) -> None:
+        import wandb
+
+        media = wandb.Image(str(path)) if kind == "image" else wandb.Video(str(path), format="mp4")
+        self._log(next(iter(axis)), {**axis, key: media})
+
+    def _artifact(self, name: str, type: str, path: Path, metadata: Mapping[str, Any]) -> None:
+        import wandb
+
+        artifact = wandb.Artifact(name, type=type, metadata=dict(metadata))
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
+        for file in files:  # one by one, since add_dir prints
+            artifact.add_file(
+                str(file), name=file.relative_to(path if path.is_dir() else path.parent).as_posix()
+            )
+        self._wandb_run.log_artifact(artifact)
+
+    def _finish(self, rows: list[dict[str, Any]], summary: Mapping[str, Any], failed: bool) -> None:
+        # Left alone, the summary would be that of the rows since the last resume.
+        self._wandb_run.summary.update(whole_summary(rows, summary))
+        self._wandb_run.finish(exit_code=1 if failed else 0)
+        # That returns before W&B's process has written everything, and a resume would send the rest again.
+        file = next(Path(self._wandb_run.settings.sync_dir).glob("*.wandb"))
+        deadline = time.monotonic() + FINISH_S
+        while not has_exit(file) and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
+def check_track(track: str) -> None:
+    """Raises `ValueError` for an unknown mode, and for online without a key of W&B's."""
+    if track not in TRACKS:
+        raise ValueError(f"track: got {track!r}, takes {', '.join(TRACKS)}")
+    if track == "online" and not _has_key():
+        raise ValueError("track: online needs a W&B key: run `wandb login`, or set WANDB_API_KEY")
+
+
+def best_of(key: str) -> str | None:
+    """Whether the best value of a metric is its "max" or its "min"; None where it has no best one."""
+    if key.endswith("return_mean"):
+        return "max"
+    if key.endswith(("loss", "error", "bits_per_dim", "nats")):
+        return "min"
+    return None
+
+
+def whole_summary(rows: list[dict[str, Any]], summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What W&B shows in its table of runs: the last value of each metric, with the best where there is one,
+    and summary.json, which has the last word."""
+    whole: dict[str, Any] = {}
+    for row in rows:
+        whole.update(row)
+    whole.update(summary)
+    for key, last in whole.items():
+        if best := best_of(key):
+            values = [row[key] for row in rows if key in row and row[key] == row[key]]
+            if values:
+                whole[key] = {best: max(values) if best == "max" else min(values), "last": last}
+    return whole
+
+
+def _sent(folder: Path) -> tuple[int, set[tuple[str, str, int]]]:
+    """How many rows of metrics.jsonl the W&B files of this folder hold, and which media (key, axis, step).
+    Rows are sent in order and only the end of a file is ever lost, so the files together hold the first of
+    them."""
+    rows = 0
+    media = set()
+    for file in sorted((folder / "wandb").glob("*run-*/*.wandb")):
+        for row in read_rows(file):
+            keys = [key for key, value in row.items() if isinstance(value, dict) and "_type" in value]
+            rows += not keys
+            media |= {(key, axis, row[axis]) for key in keys for axis in AXES if axis in row}
+    return rows, media
+
+
+def _init(folder: Path, config: Mapping[str, Any], track: str) -> Any:
+    import wandb
+
+    origin = config["run"]
+    options: dict[str, Any] = {
+        "mode": track,
+        "root_dir": str(folder),
+        "console": "off",
+        "silent": True,
+        "symlink": False,
+        "disable_git": True,  # config.json has the commit
+        "disable_code": True,
+        "save_code": False,
+        "disable_job_creation": True,
+        "x_save_requirements": False,
+    }
+    # Rows then reach the file within a second; by default, a kill loses 15. An internal setting: it may go.
+    try:
+        settings = wandb.Settings(**options, x_transaction_log_flush_interval=1)
+    except (ValueError, TypeError):
+        settings = wandb.Settings(**options)
+    run = wandb.init(
+        settings=settings,
+        project=os.environ.get("WANDB_PROJECT", "foveal"),
+        id=origin["id"],
+        # Offline, every start is a file of its own; the files of one id become one run when they are synced.
+        resume="allow" if track == "online" else None,
+        reinit="create_new",
+        group=origin["group"],
+        name=origin["name"],
+        job_type=origin["job_type"],
+        tags=origin["tags"],
+        config=dict(config),
+    )
+    # A link by absolute path: once the folder has moved it dangles, and copying the folder trips over it.
+    for link in folder.glob("wandb/*run-*/logs/debug-core.log"):
+        link.unlink()
+    return run
+
+
+@contextlib.contextmanager
+def _wandb_environment(folder: Path) -> Iterator[None]:
+    """W&B stages artifacts and keeps its logs in the home folder; these variables, which it reads at any
+    time, keep a run in one place. Error reports would go over the network, offline too."""
+    wanted = {
+        "WANDB_DATA_DIR": str(folder / "wandb" / "data"),
+        "WANDB_CACHE_DIR": str(folder / "wandb" / "cache"),
+        "WANDB_ERROR_REPORTING": "false",
+        "WANDB_DISABLE_GIT": "true",
+    }
+    before = {key: os.environ.get(key) for key in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+def _has_key() -> bool:
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    for file in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
+        if file:
+            with contextlib.suppress(OSError, netrc.NetrcParseError):
+                return netrc.netrc(os.path.expanduser(file)).authenticators(host) is not None
+    return False

@@ -1,0 +1,99 @@
+"""Read the transaction log of a W&B run (`run-<id>.wandb`) without a server and without a network.
+
+The layout is LevelDB's log format with W&B's header: 7 bytes (`:W&B` and 3 more), then blocks of 32 KiB, each
+filled with chunks of (crc32 u32, length u16, type u8, data), little endian. A record is one FULL chunk, or
+FIRST, any MIDDLE and LAST; its bytes are a protobuf `wandb_internal_pb2.Record`. Chunks never cross a block:
+where fewer than 7 bytes are left in one, they are padding.
+"""
+
+import json
+import struct
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+MAGIC = b":W&B"
+FILE_HEADER = 7
+BLOCK = 32 * 1024
+CHUNK = struct.Struct("<IHB")  # crc32 over the type byte and the data, length of the data, type
+FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
+TYPE_CRC = {kind: zlib.crc32(bytes([kind])) for kind in (FULL, FIRST, MIDDLE, LAST)}
+
+
+def read_payloads(path: str | Path) -> Iterator[bytes]:
+    """The records of `path` as bytes, in the order written. Ends quietly at the first chunk that is cut short
+    or damaged: a run that was killed leaves a torn tail, and everything before it is whole.
+
+    Raises `ValueError` if the file is not a W&B transaction log. An empty file is a run that had flushed
+    nothing.
+    """
+    data = Path(path).read_bytes()
+    if data and not MAGIC.startswith(data[: len(MAGIC)]):
+        raise ValueError(f"not a W&B run file: {path}")
+    at = FILE_HEADER
+    parts: list[bytes] = []
+    while True:
+        left = BLOCK - at % BLOCK
+        if left < CHUNK.size:
+            at += left
+        if at + CHUNK.size > len(data):
+            return
+        crc, length, kind = CHUNK.unpack_from(data, at)
+        start = at + CHUNK.size
+        at = start + length
+        chunk = data[start:at]
+        if len(chunk) < length or kind not in TYPE_CRC or zlib.crc32(chunk, TYPE_CRC[kind]) != crc:
+            return
+        if kind in (FULL, FIRST):
+            parts = [chunk]
+        else:
+            parts.append(chunk)
+        if kind in (FULL, LAST):
+            yield b"".join(parts)
+
+
+def read_records(path: str | Path) -> Iterator[Any]:
+    """The records of `path` as `wandb.proto.wandb_internal_pb2.Record`; ends as `read_payloads` does."""
+    from wandb.proto import wandb_internal_pb2  # pulls in wandb, half a second: only where a file is read
+
+    for payload in read_payloads(path):
+        record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+        record.ParseFromString(payload)
+        yield record
+
+
+def has_exit(path: str | Path) -> bool:
+    """Whether the run of `path` was finished and the file is whole: among its last records is the exit."""
+    from wandb.proto import wandb_internal_pb2
+
+    record = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+    for payload in deque(read_payloads(path), maxlen=10):
+        record.ParseFromString(payload)
+        if record.WhichOneof("record_type") == "exit":
+            return True
+    return False
+
+
+def items(container: Any) -> dict[str, Any]:
+    """The pairs of a history, summary or config message (its `item` or `update`); media are a dict."""
+    found: dict[str, Any] = {}
+    for item in container:
+        *outer, key = item.nested_key or [item.key]
+        inside = found
+        for name in outer:
+            inside = inside.setdefault(name, {})
+        inside[key] = json.loads(item.value_json)
+    return found
+
+
+def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
+    """The rows that were logged, without W&B's own keys (`_step`, `_runtime`, `_timestamp`).
+
+    Media come as the dict that W&B keeps for them, with a `_type`.
+    """
+    for record in read_records(path):
+        if record.WhichOneof("record_type") == "history":
+            row = items(record.history.item)
+            yield {key: value for key, value in row.items() if not key.startswith("_")}
