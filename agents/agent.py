@@ -2,8 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -17,6 +16,7 @@ from ..vision import (
     describe_encoder,
     find_weights,
     read_weights,
+    refuse_imports,
     space_from_json,
     space_to_json,
     write_weights,
@@ -129,8 +129,8 @@ class Agent:
         if total_steps < 1:
             raise ValueError(f"total_steps must be 1 or more, got {total_steps}")
         end = self.env_step + total_steps
-        display = progress_display(end, start=self.env_step) if progress else nullcontext(lambda row: None)
-        with display as show:
+        label = f"{self.name} {self.env_spec()['env_id']}"
+        with progress_display(end, self.env_step, enabled=progress, label=label) as show:
             for row in self.training(end, log_every):
                 show(row)
                 if run is not None:
@@ -200,17 +200,19 @@ class Agent:
         tensors, description = read_weights(path)
         if description.get("agent") != cls.name:
             raise ValueError(f"{path} holds a {description.get('agent')!r} agent, not {cls.name!r}")
-        known = {field.name for field in fields(cls.Config)}
-        config = cls.Config(**{k: v for k, v in description["config"].items() if k in known})
-        agent = cls(
-            env or _unmade(description),
-            config,
-            encoder=encoder if encoder is not None else _encoder_name(path, description),
-            seed=description["seed"],
-            device=device,
-        )
+        refuse_imports(description.get("env", {}).get("env_id"), path)
+        try:
+            agent = cls(
+                env or _unmade(description),
+                cls.Config(**description["config"]),
+                encoder=encoder if encoder is not None else _encoder_name(path, description),
+                seed=description["seed"],
+                device=device,
+            )
+            agent.env_step, agent.grad_step = description["env_step"], description["grad_step"]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} does not describe a {cls.name} of this version: {error}") from error
         agent.load_weights(tensors, path)
-        agent.env_step, agent.grad_step = description["env_step"], description["grad_step"]
         return agent
 
     def load_weights(self, tensors: dict[str, Tensor], source: Path) -> None:

@@ -38,12 +38,12 @@ def clip_norm(gradient: Tensor, max_norm: float) -> Tensor:
 class Adam(NamedTuple):
     """What `adam_step` keeps: running means of gradients and of their squares (..., P), and the steps taken.
 
-    The count is a float32 scalar tensor, because CUDA graphs capture no Python numbers.
+    The steps are a float32 scalar tensor, because CUDA graphs capture no Python numbers.
     """
 
     mean: Tensor
     square: Tensor
-    count: Tensor
+    steps: Tensor
 
 
 def adam_state(weights: Tensor) -> Adam:
@@ -64,12 +64,12 @@ def adam_step(
 
     The same numbers as torch.optim.Adam, whose first use imports torch's compiler: a second of every start.
     """
-    mean, square, count = state
-    count += 1
+    mean, square, steps = state
+    steps += 1
     mean.lerp_(gradient, 1 - betas[0])
     square.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-    deviation = (square / (1 - betas[1] ** count)).sqrt_().add_(eps)
-    weights.addcdiv_(mean * (-learning_rate / (1 - betas[0] ** count)), deviation)
+    deviation = (square / (1 - betas[1] ** steps)).sqrt_().add_(eps)
+    weights.addcdiv_(mean * (-learning_rate / (1 - betas[0] ** steps)), deviation)
 
 
 def compile_or_eager(function: Callable[..., Tensor], *example: object) -> Callable[..., Tensor]:

@@ -5,6 +5,7 @@ Whatever a person gave wrong is one line on the error output and exit code 2; a 
 
 import dataclasses
 import difflib
+import importlib
 import json
 import sys
 import warnings
@@ -42,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[0] not in commands:
         return _refuse(_unknown("command", arguments[0], commands))
     warnings.showwarning = _show_warning
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # as with python -m: `mine:Env-v0` is mine.py in the current folder
     try:
         return commands[arguments[0]](arguments[1:])
     except (ValueError, OSError) as error:
@@ -111,10 +114,13 @@ class Resume:
     """Another checkpoint than the newest: the name of a folder in RUN/checkpoints."""
     progress: bool = True
     """Show progress while training."""
+    imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
+    """Modules of your own that the run's environment or encoder comes from; a file alone imports nothing."""
 
 
 def resume_command(arguments: list[str]) -> int:
     given = _parse(Resume, "foveal resume", arguments)
+    _import(given.imports)
     from .train import resume
 
     run = resume(given.run, given.total_steps, given.checkpoint, given.progress)
@@ -141,10 +147,13 @@ class Evaluate:
     """Record an episode to this mp4."""
     device: str = "auto"
     """cpu, cuda, ...; auto is cuda where there is one."""
+    imports: Annotated[tuple[str, ...], tyro.conf.arg(name="import")] = ()
+    """Modules of your own that the run's environment or encoder comes from; a file alone imports nothing."""
 
 
 def evaluate_command(arguments: list[str]) -> int:
     given = _parse(Evaluate, "foveal evaluate", arguments)
+    _import(given.imports)
     from ..agents import DQN, load
     from .evaluation import evaluate
     from .video import record
@@ -206,6 +215,14 @@ def list_command(arguments: list[str]) -> int:
     if given.what == "runs" or (given.what == "all" and given.results.is_dir()):
         print_runs(given.results)
     return 0
+
+
+def _import(modules: tuple[str, ...]) -> None:
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ValueError(f"--import {module}: {error}") from error
 
 
 def _parse(command: Any, program: str, arguments: list[str]) -> Any:

@@ -153,7 +153,9 @@ def resume(path: Path, total_steps: int | None, checkpoint: str | None, progress
     and the checkpoint before it, where a checkpoint is not whole.
     """
     path = open_run(path).path
-    stored = open_run(path).config["options"]
+    stored = open_run(path).config.get("options")
+    if stored is None:
+        raise ValueError(f"{path} is not a training run: its config.json has no options")
     changes = {"progress": progress} | ({} if total_steps is None else {"total_steps": total_steps})
     options = Options(
         **{**stored, "init_from": None, **{k: tuple(stored[k]) for k in ("env_kwargs", "tags")}, **changes}
@@ -263,7 +265,7 @@ def _conclude(run: Run, agent: Agent, options: Options, wall_s: float) -> None:
         curve,
         title=f"{agent.name} on {options.env_id}, seed {options.seed}",
         baseline=random_return,
-        best=(scored.env_step, score["eval/return_mean"]),
+        best=_validated(run, scored),
     )
     run.image("plots/learning_curve", curve, env_step=agent.env_step)
     say(f"learning curve: {curve}")
@@ -272,7 +274,7 @@ def _conclude(run: Run, agent: Agent, options: Options, wall_s: float) -> None:
             film = record(scored, run.path / "videos" / "policy.mp4")
             run.video("videos/policy", film, env_step=scored.env_step)
             say(f"video: {film}")
-        except NoVideo as reason:
+        except (NoVideo, OSError) as reason:  # the training is done and saved: a film is worth no failure
             say(f"video: none ({reason})")
     if best.exists():
         run.artifact("agent", "model", best, {"env_step": scored.env_step})
@@ -281,6 +283,13 @@ def _conclude(run: Run, agent: Agent, options: Options, wall_s: float) -> None:
     if options.track == "offline":
         say(f"offline W&B run, to send once logged in: wandb sync {run.path / 'wandb'}/offline-run-*")
     say(f"again: foveal evaluate {run.path}")
+
+
+def _validated(run: Run, chosen: Agent) -> tuple[int, float] | None:
+    """Where the chosen checkpoint lies on the learning curve; None without validation."""
+    scores = {row["env_step"]: row["eval/return_mean"] for row in run.rows() if "eval/return_mean" in row}
+    step = chosen.env_step
+    return (step, scores[step]) if step in scores else None
 
 
 @contextmanager

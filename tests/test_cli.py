@@ -33,6 +33,7 @@ def run_folder() -> Path:
 
 def refused(capsys, *arguments: str) -> str:
     """The one line that a wrong command ends with."""
+    code: object
     try:
         code = main(list(arguments))
     except SystemExit as error:  # the parser's own
@@ -206,12 +207,18 @@ class OwnEnv(gym.Env):
 
 def test_own_environment_and_own_encoder(monkeypatch, capsys):
     module = types.ModuleType("mine")
-    module.Own = MLP
+    module.__dict__["Own"] = MLP
     monkeypatch.setitem(sys.modules, "mine", module)
-    gym.register("Own-v0", OwnEnv)
+    gym.register("Own-v0", lambda **kwargs: OwnEnv(**kwargs))
     flags = [*QUICK, "--env-id", "mine:Own-v0", "--env-kwargs", "size=7", "--encoder", "mine:Own"]
     assert main(["train", "dqn", *flags]) == 0
     assert "score: 7.0" in capsys.readouterr().out
+    assert main(["evaluate", str(run_folder())]) == 0
+    # Somewhere else a file alone imports nothing: its modules must be named by whoever opens it.
+    monkeypatch.delitem(sys.modules, "mine")
+    assert "--import mine" in refused(capsys, "evaluate", str(run_folder()))
+    Path("mine.py").write_text("from foveal.vision import MLP as Own\n")
+    assert main(["evaluate", str(run_folder()), "--import", "mine"]) == 0
 
 
 @pytest.mark.parametrize(

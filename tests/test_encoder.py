@@ -1,5 +1,7 @@
 """The Encoder contract, over the whole registry, and inside Stable-Baselines3."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +11,7 @@ from foveal.agents import DQN
 from foveal.vision import ENCODERS, default_encoder, make_encoder, space_from_json, space_to_json
 from foveal.vision.weights import read_weights, write_weights
 
+build: Any = make_encoder  # attributes of the single encoders are looked at below
 IMAGE = spaces.Box(0, 255, (4, 84, 84), np.uint8)
 PLANES = spaces.Box(0, 1, (4, 10, 10), np.uint8)
 VECTOR = spaces.Box(-np.inf, np.inf, (3,), np.float32)
@@ -27,7 +30,7 @@ def parameters(module):
     ],
 )
 def test_parameter_counts_and_maps(name, shape, count, feature_map):
-    encoder = make_encoder(name, spaces.Box(0, 255, shape, np.uint8))
+    encoder = build(name, spaces.Box(0, 255, shape, np.uint8))
     assert parameters(encoder) == count
     obs = torch.zeros(2, *shape, dtype=torch.uint8)
     assert encoder.feature_map(obs).shape == (2, *feature_map)
@@ -35,7 +38,7 @@ def test_parameter_counts_and_maps(name, shape, count, feature_map):
 
 
 def test_nature_layer_shapes():
-    encoder = make_encoder("nature", IMAGE)
+    encoder = build("nature", IMAGE)
     x, shapes = torch.zeros(1, 4, 84, 84), []
     for layer in encoder.conv:
         x = layer(x)
@@ -48,19 +51,19 @@ def test_nature_layer_shapes():
 def test_scaled_once_whatever_the_dtype(name):
     """uint8, and the float 0-255 that Stable-Baselines3 casts to, give equal features."""
     torch.manual_seed(0)
-    encoder = make_encoder(name, IMAGE)
+    encoder = build(name, IMAGE)
     obs = torch.randint(0, 256, (2, 4, 84, 84), dtype=torch.uint8)
     features = encoder(obs)
     torch.testing.assert_close(features, encoder(obs.float()), rtol=0, atol=0)
     # and the same as a network that is given numbers in [0, 1] without any scaling
-    unit = make_encoder(name, spaces.Box(0, 1, (4, 84, 84), np.float32))
+    unit = build(name, spaces.Box(0, 1, (4, 84, 84), np.float32))
     unit.load_state_dict(encoder.state_dict())
     torch.testing.assert_close(features, unit(obs.float() / 255))
 
 
 def test_planes_of_high_one_are_not_scaled():
     torch.manual_seed(0)
-    encoder = make_encoder("mlp", PLANES)
+    encoder = build("mlp", PLANES)
     obs = torch.randint(0, 2, (2, 4, 10, 10), dtype=torch.uint8)
     torch.testing.assert_close(encoder(obs), encoder.layers(obs.float()))
 
@@ -68,7 +71,7 @@ def test_planes_of_high_one_are_not_scaled():
 def test_discrete_is_one_hot_given_as_integers_or_as_one():
     torch.manual_seed(0)
     space = spaces.Discrete(5, start=2)
-    encoder = make_encoder("mlp", space)
+    encoder = build("mlp", space)
     one_hot = torch.nn.functional.one_hot(torch.tensor([0, 3]), 5).float()
     torch.testing.assert_close(encoder(torch.tensor([2, 5])), encoder(one_hot))
     assert not torch.equal(encoder(torch.tensor([2])), encoder(torch.tensor([3])))
@@ -76,7 +79,7 @@ def test_discrete_is_one_hot_given_as_integers_or_as_one():
 
 def test_multidiscrete_is_one_hots_side_by_side():
     torch.manual_seed(0)
-    encoder = make_encoder("mlp", spaces.MultiDiscrete([2, 3]))
+    encoder = build("mlp", spaces.MultiDiscrete([2, 3]))
     torch.testing.assert_close(
         encoder(torch.tensor([[1, 2]])), encoder(torch.tensor([[0.0, 1.0, 0.0, 0.0, 1.0]]))
     )
@@ -84,7 +87,7 @@ def test_multidiscrete_is_one_hots_side_by_side():
 
 def test_dict_concatenates_one_encoder_a_key():
     space = spaces.Dict({"camera": IMAGE, "speed": VECTOR})
-    encoder = make_encoder("auto", space)
+    encoder = build("auto", space)
     assert encoder.features_dim == 512 + 256
     obs = {"camera": torch.zeros(2, 4, 84, 84, dtype=torch.uint8), "speed": torch.ones(2, 3)}
     features = encoder(obs)
@@ -95,7 +98,7 @@ def test_dict_concatenates_one_encoder_a_key():
 @pytest.mark.parametrize(("space", "name"), [(VECTOR, "mlp"), (IMAGE, "nature"), (PLANES, "impala")])
 def test_default_encoder(space, name):
     assert default_encoder(space) == name
-    assert make_encoder("auto", space)(torch.as_tensor(space.sample()[None])).shape[0] == 1
+    assert build("auto", space)(torch.as_tensor(space.sample()[None])).shape[0] == 1
 
 
 @pytest.mark.parametrize(
@@ -109,7 +112,7 @@ def test_default_encoder(space, name):
 )
 def test_bad_encoders_are_refused_in_one_line(name, space, message):
     with pytest.raises(ValueError, match=message) as error:
-        make_encoder(name, space)
+        build(name, space)
     assert "\n" not in str(error.value)
 
 
@@ -132,13 +135,13 @@ def test_spaces_round_trip_as_json(space):
 
 
 def test_encoder_of_a_trained_agent_loads_and_other_specs_are_refused(tmp_path):
-    agent = DQN("CartPole-v1", seed=3)
+    agent: Any = DQN("CartPole-v1", seed=3)
     path = agent.save(tmp_path / "agent.safetensors")
-    encoder = make_encoder(str(path), agent.observation_space)
+    encoder = build(str(path), agent.observation_space)
     for name, tensor in agent.network.encoder.state_dict().items():
         torch.testing.assert_close(encoder.state_dict()[name], tensor, rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"is for .*\[4\].* these observations are .*\[3\]"):
-        make_encoder(str(path), VECTOR)
+        build(str(path), VECTOR)
     # An agent made from it keeps the architecture's name, so that its own file needs no other file.
     second = DQN("CartPole-v1", encoder=str(path))
     assert second.describe()["encoder"]["name"] == "mlp"
@@ -185,7 +188,7 @@ class TestInsideStableBaselines3:
         import stable_baselines3 as sb3
         from stable_baselines3.common.envs import FakeImageEnv
 
-        env = "CartPole-v1"
+        env: object = "CartPole-v1"
         if name != "mlp":
             env = FakeImageEnv(
                 screen_height=40, screen_width=40, n_channels=3, discrete=True, channel_first=True

@@ -9,6 +9,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_an_environment_that_does_not_replay_starts_a_new_episode(tmp_path):
     agent = DQN("CartPole-v1", CONFIG, seed=1)
     next(iter(agent.training(100, log_every=100)))
     checkpoint = save_checkpoint(agent, tmp_path)
-    again = load(checkpoint)
+    again: Any = load(checkpoint)
     tensors, description = read_weights(checkpoint / "training.safetensors")
     description["meta"]["env"]["digests"] = ["0" * 64]
 

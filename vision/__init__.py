@@ -10,6 +10,7 @@ from .encoder import (
     describe_encoder,
     load_encoder,
     make_encoder,
+    refuse_imports,
 )
 from .spaces import is_image, space_from_json, space_to_json
 from .weights import find_weights, read_weights, write_weights
@@ -27,6 +28,7 @@ __all__ = [
     "load_encoder",
     "make_encoder",
     "read_weights",
+    "refuse_imports",
     "space_from_json",
     "space_to_json",
     "write_weights",

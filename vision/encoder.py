@@ -7,6 +7,7 @@ Stable-Baselines3. An encoder is built from the observation space, and is the on
 import difflib
 import importlib
 import itertools
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ class Encoder(nn.Module):
             raise ValueError(f"features_dim must be 1 or more, got {features_dim}")
         self.observation_space = observation_space
         self.features_dim = features_dim
+        self.loaded_as: str | None = None
+        """The name under which `make_encoder` builds it, where its weights came from a file."""
 
     def forward(self, obs: Tensor) -> Tensor:
         """(B, *observation shape) in any dtype -> (B, features_dim) float32."""
@@ -88,8 +91,8 @@ def flat_size(space: spaces.Space) -> int:
 class DictEncoder(Encoder):
     """One encoder a key of a Dict space, features concatenated in the order of the space's keys."""
 
-    def __init__(self, observation_space: spaces.Dict, build: Callable[[spaces.Space], nn.Module]):
-        parts: dict[str, Any] = {key: build(space) for key, space in observation_space.items()}
+    def __init__(self, observation_space: spaces.Dict, build: Callable[[spaces.Space], Encoder]):
+        parts = {key: build(space) for key, space in observation_space.items()}
         super().__init__(observation_space, sum(part.features_dim for part in parts.values()))
         self.parts = nn.ModuleDict(parts)
 
@@ -224,7 +227,7 @@ def default_encoder(space: spaces.Space) -> str:
     return "nature" if min(space.shape[1:]) >= NatureCNN.smallest else "impala"  # type: ignore[index]
 
 
-def make_encoder(name: str, observation_space: spaces.Space, **kwargs: Any) -> nn.Module:
+def make_encoder(name: str, observation_space: spaces.Space, **kwargs: Any) -> Encoder:
     """Build an encoder for a space.
 
     `name` is a key of `ENCODERS`, `auto` for the default of the space, `module:Class` for one of your own
@@ -236,7 +239,7 @@ def make_encoder(name: str, observation_space: spaces.Space, **kwargs: Any) -> n
     """
     if isinstance(observation_space, spaces.Dict):
 
-        def build(space: spaces.Space) -> nn.Module:
+        def build(space: spaces.Space) -> Encoder:
             return make_encoder(name if is_image(space) else "mlp", space, **kwargs)
 
         return DictEncoder(observation_space, build)
@@ -264,15 +267,17 @@ def describe_encoder(name: str | None, encoder: nn.Module, observation_space: sp
     if name == "auto" and not isinstance(observation_space, spaces.Dict):
         name = default_encoder(observation_space)
     spec = {"input": space_to_json(observation_space), "features_dim": encoder.features_dim}
-    return {"name": getattr(encoder, "loaded_as", name), "spec": spec}
+    return {"name": getattr(encoder, "loaded_as", None) or name, "spec": spec}
 
 
-def load_encoder(path: Path, observation_space: spaces.Space) -> nn.Module:
+def load_encoder(path: Path, observation_space: spaces.Space) -> Encoder:
     """The encoder of a trained run or weights file. ValueError names both specs where they differ."""
     tensors, description = read_weights(find_weights(path))
-    if "encoder" not in description:
-        raise ValueError(f"{path} holds no encoder")
-    name, stored = description["encoder"]["name"], description["encoder"]["spec"]
+    try:
+        name, stored = description["encoder"]["name"], description["encoder"]["spec"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} holds no encoder") from error
+    refuse_imports(name, path)
     wanted = {"input": space_to_json(observation_space), "features_dim": stored["features_dim"]}
     if stored != wanted:
         raise ValueError(
@@ -285,9 +290,25 @@ def load_encoder(path: Path, observation_space: spaces.Space) -> nn.Module:
     return encoder
 
 
-def _import_encoder(name: str) -> Callable[..., nn.Module]:
+def refuse_imports(name: Any, path: Path) -> None:
+    """Names that a file holds never import anything: `module:Thing` needs its module to be imported already.
+
+    Otherwise opening a file from somewhere else could run any module that lies on this machine.
+    """
+    module, colon, _ = name.rpartition(":") if isinstance(name, str) else ("", "", "")
+    if colon and module not in sys.modules:
+        raise ValueError(
+            f"{path} uses {name}; if you trust that module, import it first (on the command line: "
+            f"--import {module})"
+        )
+
+
+def _import_encoder(name: str) -> Any:
     module, _, attribute = name.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"encoder {name!r} cannot be imported: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, nn.Module)):
+        raise ValueError(f"encoder {name!r} must be a torch.nn.Module class, got {found!r}")
+    return found

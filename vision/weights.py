@@ -49,7 +49,12 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ValueError(f"{path} is not a whole safetensors file: {error}") from error
     if "foveal" not in metadata:
         raise ValueError(f"{path} is a safetensors file, but was not written by foveal")
-    description = json.loads(metadata["foveal"])
+    try:
+        description = json.loads(metadata["foveal"])
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: its description is no JSON") from error
+    if not isinstance(description, dict):
+        raise ValueError(f"{path} is damaged: its description is no JSON object")
     if description.get("format") != FORMAT:
         raise ValueError(f"{path} has format {description.get('format')}; this foveal reads format {FORMAT}")
     return tensors, description
