@@ -27,9 +27,7 @@ AGENTS = ("foveal", "foveal, double off", "sb3")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=10, help="seeds 0 to SEEDS - 1")
     parser.add_argument("--agents", nargs="+", default=list(AGENTS), choices=AGENTS)
     parser.add_argument("--out", type=Path, default=RESULTS / "cartpole.json")

@@ -21,9 +21,7 @@ EVERY = 10_000
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argument_parser(__doc__)
     parser.add_argument("--steps", type=int, default=200_000)
     parser.add_argument("--out", type=Path, default=RESULTS / "pong.json")
     parser.add_argument("--agent", choices=("foveal", "sb3"), help=argparse.SUPPRESS)
