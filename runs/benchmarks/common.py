@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parent / "measured"
 
 
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
