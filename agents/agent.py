@@ -333,6 +333,13 @@ def map_tensors(function: Callable[[Tensor], Tensor], tree: Any) -> Any:
     return function(tree)
 
 
+def unbind(tree: Any) -> list[Any]:
+    """A tensor (T, ...), or dicts of them, as a list of T of the rest."""
+    if isinstance(tree, dict):
+        return [dict(zip(tree, parts)) for parts in zip(*(unbind(part) for part in tree.values()))]
+    return list(tree.unbind())
+
+
 def passes(every: int, before: int, now: int) -> bool:
     """True where a multiple of `every` lies in (before, now]: a cadence for steps of num_envs."""
     return now // every > before // every

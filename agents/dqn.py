@@ -30,6 +30,7 @@ from .agent import (
     rng_from_json,
     rng_to_json,
     to_tensors,
+    unbind,
 )
 from .optimization import (
     adam_state,
@@ -335,31 +336,22 @@ class DQN(Agent):
         def flatten(tensor: Tensor) -> Tensor:
             return tensor.flatten(0, 1)  # (steps, B, ...) -> (steps * B, ...)
 
-        def at(tree: Any, step: int) -> Any:
-            return map_tensors(lambda tensor: tensor[step], tree)
-
         losses = []
-        # Sample many batches at once (about 8,000 transitions), so that what does not depend on the weights
-        # being learned, above all the target network's values, costs one call for all of them.
-        at_once = max(1, 8192 // config.batch_size)
-        for done in range(0, gradient_steps, at_once):
-            shape = (min(at_once, gradient_steps - done), config.batch_size)
+        # Sample many batches at once, so that what does not depend on the weights being learned, above all
+        # the target network's values, costs one call for all of them; fewer where observations are large.
+        at_once = min(8192, 2**22 // spaces.flatdim(self.observation_space)) // config.batch_size
+        for done in range(0, gradient_steps, max(1, at_once)):
+            shape = (min(max(1, at_once), gradient_steps - done), config.batch_size)
             batch = map_tensors(send, self._start().sample(shape, self.sampling_rng))
-            obs, actions, next_obs = batch["obs"], batch["actions"], batch["next_obs"]
-            rewards, terminated = batch["rewards"], batch["terminated"]
             with torch.no_grad():
-                next_q = self.target(map_tensors(flatten, next_obs)).unflatten(0, shape)  # (steps, B, A)
-                if not config.double:
-                    targets = td_target(rewards, terminated, next_q.amax(-1), config.gamma)  # (steps, B)
-            for i in range(shape[0]):
-                if config.double:
-                    with torch.no_grad():
-                        best = network(at(next_obs, i)).argmax(1, keepdim=True)  # (B, 1)
-                        values = next_q[i].gather(1, best).squeeze(1)
-                        target = td_target(rewards[i], terminated[i], values, config.gamma)
-                else:
-                    target = targets[i]
-                loss = self.loss(network, at(obs, i), actions[i], target)
+                next_q = self.target(map_tensors(flatten, batch["next_obs"]))  # (steps * B, A)
+            names = ("obs", "actions", "rewards", "terminated", "next_obs")
+            batches = zip(*(unbind(batch[name]) for name in names), next_q.unflatten(0, shape).unbind())
+            for obs, actions, rewards, terminated, next_obs, values in batches:
+                with torch.no_grad():
+                    best = (network(next_obs) if config.double else values).argmax(1, keepdim=True)  # (B, 1)
+                    target = td_target(rewards, terminated, values.gather(1, best).squeeze(1), config.gamma)
+                loss = self.loss(network, obs, actions, target)
                 gradient = clip_norm(flat_gradient(loss, self.parameters), config.max_grad_norm)
                 adam_step(self.weights, gradient, self.adam, learning_rate, config.adam_eps)
                 losses.append(loss.detach())

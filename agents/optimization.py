@@ -32,7 +32,7 @@ def flat_gradient(loss: Tensor, parameters: Sequence[Tensor]) -> Tensor:
 def clip_norm(gradient: Tensor, max_norm: float) -> Tensor:
     """Scale gradients (..., P) down to an L2 norm of at most `max_norm` along the last axis."""
     norm = torch.linalg.vector_norm(gradient, dim=-1, keepdim=True)
-    return gradient * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return gradient / (norm / max_norm).clamp(min=1.0)
 
 
 class Adam(NamedTuple):
@@ -68,8 +68,10 @@ def adam_step(
     steps += 1
     mean.lerp_(gradient, 1 - betas[0])
     square.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-    deviation = (square / (1 - betas[1] ** steps)).sqrt_().add_(eps)
-    weights.addcdiv_(mean * (-learning_rate / (1 - betas[0] ** steps)), deviation)
+    # The bias corrections, m / (1 - b1^t) and v / (1 - b2^t), as factors of scalars: fewer passes over (P,).
+    correction = (1 - betas[1] ** steps).sqrt()
+    deviation = square.sqrt().add_(eps * correction)
+    weights.addcdiv_(mean * (-learning_rate * correction / (1 - betas[0] ** steps)), deviation)
 
 
 def compile_or_eager(function: Callable[..., Tensor], *example: object) -> Callable[..., Tensor]:
