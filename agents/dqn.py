@@ -264,8 +264,10 @@ class DQN(Agent):
     def training(self, total_steps: int, log_every: int = 1000) -> Iterator[Row]:
         config, env = self.config, self.env
         replay = self._start()
-        losses: list[Tensor] = []
         episodes: list[Any] = []
+        # One number that losses are added to: keeping them as many small tensors splits the heap into pieces
+        # that large batches no longer fit, which took gigabytes on Atari.
+        loss_sum = torch.zeros((), device=self.device)
         window, window_step, window_updates = time.perf_counter(), self.env_step, self.grad_step
 
         while self.env_step < total_steps:
@@ -284,7 +286,7 @@ class DQN(Agent):
                 self.update_target()
             if self.env_step > config.learning_starts and passes(config.train_every, before, self.env_step):
                 rate = learning_rate_at(self.env_step, total_steps, config)
-                losses += self.update(config.gradient_steps, rate)
+                loss_sum += self.update(config.gradient_steps, rate)
 
             # Report.
             if passes(log_every, before, self.env_step) or self.env_step >= total_steps:
@@ -295,11 +297,12 @@ class DQN(Agent):
                     row["train/length_mean"] = float(np.mean([e.length for e in episodes]))
                 row["train/episodes"] = len(episodes)
                 row["train/epsilon"] = self.epsilon
-                if losses:
-                    row["train/q_loss"] = float(torch.stack(losses).mean())
+                if self.grad_step > window_updates:
+                    row["train/q_loss"] = loss_sum.item() / (self.grad_step - window_updates)
                 row["speed/env_steps_per_s"] = (self.env_step - window_step) / (now - window)
                 row["speed/updates_per_s"] = (self.grad_step - window_updates) / (now - window)
-                losses, episodes = [], []
+                episodes = []
+                loss_sum.zero_()
                 yield row
                 window, window_step, window_updates = time.perf_counter(), self.env_step, self.grad_step
 
@@ -326,8 +329,8 @@ class DQN(Agent):
             self.loss = compile_or_eager(q_loss, self.network, obs, zeros.long(), zeros)
         return self.replay
 
-    def update(self, gradient_steps: int, learning_rate: float) -> list[Tensor]:
-        """Take gradient steps on batches from the replay; returns the losses, scalars still on the device."""
+    def update(self, gradient_steps: int, learning_rate: float) -> Tensor:
+        """Take gradient steps on batches from the replay; the sum of their losses, still on the device."""
         config, network = self.config, self.network
 
         def send(tensor: Tensor) -> Tensor:
@@ -336,7 +339,7 @@ class DQN(Agent):
         def flatten(tensor: Tensor) -> Tensor:
             return tensor.flatten(0, 1)  # (steps, B, ...) -> (steps * B, ...)
 
-        losses = []
+        loss_sum = torch.zeros((), device=self.device)
         # Sample many batches at once, so that what does not depend on the weights being learned, above all
         # the target network's values, costs one call for all of them; fewer where observations are large.
         at_once = min(8192, 2**22 // spaces.flatdim(self.observation_space)) // config.batch_size
@@ -354,9 +357,9 @@ class DQN(Agent):
                 loss = self.loss(network, obs, actions, target)
                 gradient = clip_norm(flat_gradient(loss, self.parameters), config.max_grad_norm)
                 adam_step(self.weights, gradient, self.adam, learning_rate, config.adam_eps)
-                losses.append(loss.detach())
+                loss_sum += loss.detach()
             self.grad_step += shape[0]
-        return losses
+        return loss_sum
 
     def update_target(self) -> None:
         """target <- tau online + (1 - tau) target; buffers (batch statistics, say) are copied."""
