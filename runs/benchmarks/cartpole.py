@@ -1,7 +1,8 @@
-"""DQN on CartPole-v1 beside Stable-Baselines3's, same recipe, same budget, same evaluation.
+"""DQN on CartPole-v1 beside Stable-Baselines3's: same budget, same network, same evaluation.
 
     python -m foveal.runs.benchmarks.cartpole            # about 20 CPU minutes; finished cells are skipped
 
+Stable-Baselines3 has the zoo's recipe, foveal its own (`DQN.recipe`) and, for comparison, the zoo's.
 A cell is one agent and one seed, trained for 50,000 environment steps in a process of its own. Two scores
 a cell, each the mean of 100 fresh episodes: of the last weights, and of the checkpoint that did best on 20
 validation episodes every 5,000 steps.
@@ -20,10 +21,10 @@ import numpy as np
 from ..evaluation import Policy, evaluate, validation_seed
 from ..statistics import bootstrap_ci, iqm
 from .common import RESULTS, argument_parser, machine_info, write_results
-from .peers import SB3_CARTPOLE, Peer
+from .peers import FOVEAL_CARTPOLE, SB3_CARTPOLE, Peer
 
 STEPS, EVAL_EVERY = 50_000, 5_000
-AGENTS = ("foveal", "foveal, double off", "sb3")
+AGENTS = ("foveal", "foveal, zoo recipe", "sb3")
 
 
 def main() -> None:
@@ -77,9 +78,10 @@ class Scores:
 
 
 def train_foveal(agent: str, seed: int) -> dict[str, Any]:
-    from ...agents import DQN
+    from ...agents.dqn import DQN, DQNConfig
 
-    dqn = DQN("CartPole-v1", DQN.recipe("CartPole-v1", double="double off" not in agent), seed=seed)
+    recipe = DQNConfig(**FOVEAL_CARTPOLE) if "zoo" in agent else DQN.recipe("CartPole-v1")
+    dqn = DQN("CartPole-v1", recipe, seed=seed, device="cpu")
     scores = Scores(dqn, dqn.network.state_dict, seed)
     for row in dqn.training(STEPS, log_every=EVAL_EVERY):
         scores.validate(row["env_step"])
