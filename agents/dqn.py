@@ -107,9 +107,9 @@ class DQNConfig:
 
 
 # Settings known to work, by environment id. The classic ones are those of the Stable-Baselines3 zoo, but for
-# CartPole's, which the zoo trains at a constant 2.3e-3, every 256 steps with 128 gradient steps, against a target
-# as old as the last of those phases: values overshoot there, and the policy is lost again in some seeds. A
-# smaller rate that falls to zero, and a target that waits for 64 gradient steps, keep them below 1 / (1 - gamma).
+# CartPole's: the zoo trains it at a constant 2.3e-3, every 256 steps with 128 gradient steps, and with a
+# target no older than that. Values overshoot there, and some seeds lose their policy again. A smaller rate
+# that falls to zero, and a target that waits for 64 gradient steps, keep them below 1 / (1 - gamma).
 RECIPES: dict[str, dict[str, Any]] = {
     "CartPole-v*": {
         "learning_rate": 1e-3,
@@ -373,9 +373,8 @@ class DQN(Agent):
                 theirs.copy_(mine)
 
     def actions(self, obs: Any, deterministic: bool) -> np.ndarray:
-        # Greedy actions draw nothing that training uses, so that evaluating an agent never changes its
-        # training; others come from a stream of their own.
-        epsilon = 0.0 if deterministic else self.epsilon
+        # Greedy actions draw nothing, others from a stream of their own: predicting never changes a training.
+        epsilon = 0.0 if deterministic else self.config.exploration_final
         return act(self.network, obs, self.num_actions, epsilon, self.predict_rng) + self.first_action
 
     # Checkpoints.

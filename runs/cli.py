@@ -109,7 +109,7 @@ class Resume:
     run: tyro.conf.Positional[Path]
     """Run folder."""
     total_steps: int | None = None
-    """Environment steps to reach, where more are wanted than the run was started with."""
+    """Environment steps to reach, where more are wanted than the run was started with; schedules stretch."""
     checkpoint: str | None = None
     """Another checkpoint than the newest: the name of a folder in RUN/checkpoints."""
     progress: bool = True
@@ -164,7 +164,7 @@ def evaluate_command(arguments: list[str]) -> int:
     )
     about = {"agent": agent.name, "env_id": agent.env_spec()["env_id"], "env_step": agent.env_step}
     if not given.deterministic and isinstance(agent, DQN):
-        about["epsilon"] = agent.epsilon
+        about["epsilon"] = agent.config.exploration_final
     if given.json:
         print(json.dumps(about | result))
     else:

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -63,8 +64,9 @@ class Options:
 
     log_every: int = 1_000
     """Environment steps between two rows of metrics."""
-    eval_every: int = 5_000
-    """Environment steps between two evaluations, which choose the best checkpoint; 0 for none."""
+    eval_every: int | None = None
+    """Environment steps between two evaluations, which choose the best checkpoint; 0 for none.
+    By default a twentieth of the training, but no less than 5,000."""
     eval_episodes: int = 20
     """Episodes of such an evaluation."""
     final_episodes: int = 100
@@ -83,7 +85,7 @@ class Options:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         for name in ("eval_every", "threads"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be between 0 and 2**32 - 1, got {self.seed}")
@@ -195,6 +197,9 @@ def _train(run: Run, agent: Agent, options: Options) -> Run:
     best = max((row["eval/return_mean"] for row in past if "eval/return_mean" in row), default=-np.inf)
     clock = time.perf_counter() - max((row["time/wall_s"] for row in past), default=0.0)
     label = f"{agent.name} {options.env_id} seed {options.seed}"
+    eval_every = options.eval_every
+    if eval_every is None:
+        eval_every = max(5_000, options.total_steps // 20)
     state = "finished"
 
     with (
@@ -204,7 +209,7 @@ def _train(run: Run, agent: Agent, options: Options) -> Run:
         saved = start
         for row in agent.training(options.total_steps, options.log_every):
             now, end = row["env_step"], row["env_step"] >= options.total_steps
-            if options.eval_every and (passes(options.eval_every, now - options.log_every, now) or end):
+            if eval_every and (passes(eval_every, now - options.log_every, now) or end):
                 result = evaluate(agent, options.eval_episodes, seed=validation_seed(options.seed))
                 row |= evaluation_row(result)
                 if result["eval/return_mean"] >= best:  # of equals the one that was trained for longer
@@ -235,6 +240,8 @@ def _train(run: Run, agent: Agent, options: Options) -> Run:
 
 def _conclude(run: Run, agent: Agent, options: Options, wall_s: float) -> None:
     """Score the run on fresh episodes, draw its curve, film its policy, and say where all of it is."""
+    if options.progress:
+        print(f"scoring on {options.final_episodes} fresh episodes ...", file=sys.stderr, flush=True)
     last = evaluate(agent, options.final_episodes)
     scored, score, what = agent, last, "last weights"
     best = run.path / "checkpoints" / "best" / "agent.safetensors"

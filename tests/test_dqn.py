@@ -1,6 +1,7 @@
 """DQN: its equations, its contract, and that it learns."""
 
 import copy
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -22,7 +23,7 @@ from foveal.agents.dqn import (
 )
 from foveal.agents.optimization import adam_state, adam_step, clip_norm, flat_gradient, flatten_parameters
 from foveal.envs import make_vec
-from foveal.vision import make_encoder
+from foveal.vision import MLP, make_encoder
 
 SMALL = DQNConfig(learning_starts=50, train_every=10, gradient_steps=3, batch_size=16, buffer_size=1000)
 
@@ -196,6 +197,40 @@ def test_target_network_follows_by_tau_on_env_steps():
     for row in agent.training(120, log_every=40):
         expected = 1 - 0.75 ** (row["env_step"] // 40)
         torch.testing.assert_close(agent.target_weights.data, torch.full_like(agent.weights, expected))
+
+
+class WithBuffer(MLP):
+    """Counts its calls in a buffer, as batch statistics are."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space, features_dim=4, hidden=())
+        self.calls: torch.Tensor
+        self.register_buffer("calls", torch.zeros(()))
+
+    def features(self, x):
+        self.calls += 1
+        return super().features(x)
+
+
+def test_target_network_takes_buffers_too():
+    env = make_vec("CartPole-v1")
+    agent: Any = DQN(env, SMALL, encoder=WithBuffer(env.single_observation_space), device="cpu")
+    for _ in range(3):
+        agent.predict(env.reset(), deterministic=True)
+    assert agent.network.encoder.calls == 3
+    assert agent.target.encoder.calls == 0
+    agent.update_target()
+    assert agent.target.encoder.calls == 3
+
+
+def test_predict_explores_as_at_the_end_of_training():
+    """Not at the epsilon of 1 that an agent starts with: a loaded agent would act at random."""
+    config = DQNConfig(exploration_final=0.2)
+    agent = DQN("CartPole-v1", config, seed=0, device="cpu")
+    obs = np.tile(agent.env.reset(), (4000, 1))
+    greedy = agent.predict(obs[0], deterministic=True)[0]
+    actions = agent.predict(obs, deterministic=False)[0]
+    assert (actions != greedy).mean() == pytest.approx(0.1, abs=0.02)
 
 
 class AlwaysTruncated(gym.Env):
