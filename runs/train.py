@@ -2,12 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -143,8 +144,14 @@ def train(agent_name: str, options: Options, config: Any) -> Run:
         track=options.track,
         parents=parents,
     )
-    with _closing(run):
+    try:
         save_checkpoint(agent, run.path / "checkpoints")  # so that a run can be resumed from its first moment
+    except OSError:  # no room even for that: leave nothing behind
+        with suppress(OSError):
+            run.finish("failed")
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise
+    with _closing(run):
         return _train(run, agent, options)
 
 
@@ -301,14 +308,15 @@ def _validated(run: Run, chosen: Agent) -> tuple[int, float] | None:
 
 @contextmanager
 def _closing(run: Run) -> Iterator[None]:
-    """A run that raises is marked as failed, whatever the reason."""
+    """A run that raises is marked: stopped by a second Ctrl-C, else failed. What was saved stays."""
     try:
         yield
-    except KeyboardInterrupt:
-        run.finish("stopped")
-        raise
-    except BaseException:
-        run.finish("failed")
+    except BaseException as error:
+        with suppress(OSError):  # the disk may be full, which must not hide what happened
+            run.finish("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
+        saved = next(iter(newest_first(run.path / "checkpoints")), None)
+        if saved is not None:
+            print(f"saved up to {saved.name}; to go on: foveal resume {run.path}", file=sys.stderr)
         raise
 
 

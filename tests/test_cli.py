@@ -273,6 +273,30 @@ def test_results_that_cannot_be_written(capsys):
     assert os.listdir(".") == ["results"]
 
 
+def test_disk_that_fills_up(capsys, monkeypatch):
+    """At the start nothing is left; later, what was saved stays and can be gone on from."""
+    from foveal.vision import write_weights
+
+    def full(path, tensors, description):
+        if "step-" in str(path) and description["env_step"] >= fail_from:
+            raise OSError(28, f"cannot write {path}: No space left on device")
+        write_weights(path, tensors, description)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("foveal.agents.agent.write_weights", full)
+        fail_from = 0
+        assert "No space left on device" in refused(capsys, "train", "dqn", *QUICK)
+        assert not list(Path("results").glob("*/*"))
+
+        fail_from = 400
+        err = refused(capsys, "train", "dqn", *QUICK)
+    run = run_folder()
+    assert f"saved up to step-000000000200; to go on: foveal resume {run}" in err
+    assert err.splitlines()[-1].endswith("No space left on device")
+    assert json.loads((run / "summary.json").read_text())["state"] == "failed"
+    assert main(["resume", str(run), "--no-progress"]) == 0
+
+
 def test_damaged_checkpoint_names_the_one_before_it(trained, tmp_path, capsys):
     import shutil
 

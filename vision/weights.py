@@ -16,7 +16,7 @@ FORMAT = 1
 def write_weights(path: Path, tensors: dict[str, Tensor], description: dict[str, Any]) -> None:
     """Write `tensors` and a JSON `description` to `path`: whole or not at all.
 
-    The file is written beside its name, flushed to the disk, and renamed.
+    The file is written beside its name, flushed to the disk, and renamed. Raises OSError, naming the path.
     """
     metadata = {"foveal": json.dumps({"format": FORMAT, **description})}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -29,6 +29,8 @@ def write_weights(path: Path, tensors: dict[str, Tensor], description: dict[str,
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
+    except OSError as error:
+        raise type(error)(error.errno, f"cannot write {path}: {error.strerror}") from error
     finally:
         partial.unlink(missing_ok=True)
 
