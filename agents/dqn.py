@@ -346,7 +346,7 @@ class DQN(Agent):
         loss_sum = torch.zeros((), device=self.device)
         # Sample many batches at once, so that what does not depend on the weights being learned, above all
         # the target network's values, costs one call for all of them; fewer where observations are large.
-        at_once = min(8192, 2**22 // spaces.flatdim(self.observation_space)) // config.batch_size
+        at_once = min(2048, 2**22 // spaces.flatdim(self.observation_space)) // config.batch_size
         for done in range(0, gradient_steps, max(1, at_once)):
             shape = (min(max(1, at_once), gradient_steps - done), config.batch_size)
             batch = map_tensors(send, self._start().sample(shape, self.sampling_rng))

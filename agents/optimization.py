@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 
 def flatten_parameters(module: nn.Module) -> nn.Parameter:
@@ -53,25 +54,27 @@ def adam_state(weights: Tensor) -> Adam:
 
 @torch.no_grad()
 def adam_step(
-    weights: Tensor,
-    gradient: Tensor,
-    state: Adam,
-    learning_rate: float | Tensor,
-    eps: float = 1e-8,
-    betas: tuple[float, float] = (0.9, 0.999),
+    weights: Tensor, gradient: Tensor, state: Adam, learning_rate: float | Tensor, eps: float = 1e-8
 ) -> None:
     """One step of Adam (Kingma and Ba 2014, 1412.6980, algorithm 1), in place. Tensors are (..., P).
 
-    The same numbers as torch.optim.Adam, whose first use imports torch's compiler: a second of every start.
+    torch's own kernel through its functional form: the class torch.optim.Adam imports torch's compiler at its
+    first use, which is a second of every start.
     """
     mean, square, steps = state
-    steps += 1
-    mean.lerp_(gradient, 1 - betas[0])
-    square.mul_(betas[1]).addcmul_(gradient, gradient, value=1 - betas[1])
-    # The bias corrections, m / (1 - b1^t) and v / (1 - b2^t), as factors of scalars: fewer passes over (P,).
-    correction = (1 - betas[1] ** steps).sqrt()
-    deviation = square.sqrt().add_(eps * correction)
-    weights.addcdiv_(mean * (-learning_rate * correction / (1 - betas[0] ** steps)), deviation)
+    adam(
+        *([weights], [gradient], [mean], [square], [], [steps]),
+        fused=True,
+        grad_scale=None,
+        found_inf=None,
+        amsgrad=False,
+        maximize=False,
+        weight_decay=0.0,
+        beta1=0.9,
+        beta2=0.999,
+        lr=learning_rate,
+        eps=eps,
+    )
 
 
 def compile_or_eager(function: Callable[..., Tensor], *example: object) -> Callable[..., Tensor]:
