@@ -39,6 +39,7 @@ from .optimization import (
     compile_or_eager,
     flat_gradient,
     flatten_parameters,
+    keep_freed_memory,
 )
 from .replay import Replay
 
@@ -258,6 +259,8 @@ class DQN(Agent):
         self.weights = flatten_parameters(self.network)
         self.target_weights = flatten_parameters(self.target)
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
+        keep_freed_memory()
+        self.gradient = torch.empty_like(self.weights, requires_grad=False)
         self.adam = adam_state(self.weights)
         self.loss: Callable[..., Tensor] = q_loss
         self.epsilon = self.config.exploration_initial
@@ -359,7 +362,8 @@ class DQN(Agent):
                     best = (network(next_obs) if config.double else values).argmax(1, keepdim=True)  # (B, 1)
                     target = td_target(rewards, terminated, values.gather(1, best).squeeze(1), config.gamma)
                 loss = self.loss(network, obs, actions, target)
-                gradient = clip_norm(flat_gradient(loss, self.parameters), config.max_grad_norm)
+                gradient = flat_gradient(loss, self.parameters, out=self.gradient)
+                gradient = clip_norm(gradient, config.max_grad_norm)
                 adam_step(self.weights, gradient, self.adam, learning_rate, config.adam_eps)
                 loss_sum += loss.detach()
             self.grad_step += shape[0]
