@@ -15,6 +15,7 @@ from ..envs import VectorEnv, make_vec
 from ..vision import (
     describe_encoder,
     find_weights,
+    is_image,
     read_weights,
     refuse_imports,
     space_from_json,
@@ -47,7 +48,12 @@ class UnmadeEnv:
         return self.spec
 
     def make(self) -> VectorEnv:
-        return make_vec(**self.spec)
+        try:
+            return make_vec(**self.spec)
+        except TypeError as error:
+            raise ValueError(
+                f"the environment {self.spec} is not described as this version does: {error}"
+            ) from error
 
 
 class Agent:
@@ -77,9 +83,19 @@ class Agent:
         Without a config it is the recipe for them. `encoder` is a name that `make_encoder` knows, or an
         encoder, which the agent then owns. Raises ValueError for whatever the agent cannot take.
         """
+        if isinstance(encoder, type):
+            raise ValueError(f"encoder must be a name or an encoder, got the class {encoder.__name__}")
+        if isinstance(encoder, nn.Module) and not isinstance(getattr(encoder, "features_dim", None), int):
+            raise ValueError(f"encoder must have a features_dim, got {type(encoder).__name__} without one")
+        if not (config is None or isinstance(config, self.Config)):
+            raise ValueError(f"config must be a {self.Config.__name__}, got {type(config).__name__}")
+        if not isinstance(env, str | VectorEnv | UnmadeEnv):
+            raise ValueError(
+                f"env must be an environment id or what foveal.envs.make_vec gave, got {type(env).__name__}"
+            )
         if not 0 <= seed < 2**32:
             raise ValueError(f"seed must be between 0 and 2**32 - 1, got {seed}")
-        self.seed = seed
+        self.seed = int(seed)
         self.device = resolve_device(device)
         self.encoder_name = encoder if isinstance(encoder, str) else None
         if isinstance(env, str):
@@ -148,10 +164,11 @@ class Agent:
     ) -> tuple[np.ndarray, Any]:
         """Actions for raw observations, in Stable-Baselines3's convention.
 
-        `obs` is one observation or a batch (B, ...), numpy, or a dict of them; the actions have a leading B
-        only where the observations do. `state` and `episode_start` (B,) are for agents with memory; others
-        return `state` as it came.
+        `obs` is one observation or a batch (B, ...), numpy, or a dict of them; images may be channels last,
+        as the environment itself may give them. The actions have a leading B only where the observations do.
+        `state` and `episode_start` (B,) are for agents with memory; others return `state` as it came.
         """
+        obs = channels_first(obs, self.observation_space)
         single = is_single(obs, self.observation_space)
         batch = to_tensors(obs, self.observation_space, self.device, add_batch=single)
         actions = self.actions(batch, deterministic)
@@ -227,6 +244,12 @@ class Agent:
                 )
         self.network.load_state_dict(tensors)
 
+    def start(self) -> None:
+        """Make memory and take first observations, as `training` does by itself.
+
+        Raises ValueError where the memory does not fit.
+        """
+
     # What a checkpoint holds beyond the weights, so that a resumed run is the run that was never stopped.
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -241,6 +264,8 @@ class Agent:
         self, tensors: dict[str, Tensor], meta: dict[str, Any], load: Callable[[str], dict[str, Tensor]]
     ) -> bool:
         """Undo `state` and `segments`, whose pieces `load` reads by name.
+
+        Raises ValueError, KeyError or RuntimeError for pieces that are not this agent's.
 
         Returns False where an environment could not be brought back exactly and starts a new episode.
         """
@@ -305,6 +330,16 @@ def rng_from_json(rng: np.random.Generator, state: str) -> None:
     rng.bit_generator.state = json.loads(state)
 
 
+def channels_first(obs: Any, space: spaces.Space) -> Any:
+    """Images (..., H, W, C) as (..., C, H, W), where that is what the space has; all else as it is."""
+    if isinstance(space, spaces.Dict):
+        return {key: channels_first(obs[key], part) for key, part in space.items()}
+    shape = np.shape(obs)
+    if is_image(space) and shape[-3:] != space.shape and (shape[-1:] + shape[-3:-1]) == space.shape:
+        return np.moveaxis(obs, -1, -3)
+    return obs
+
+
 def is_single(obs: Any, space: spaces.Space) -> bool:
     """True for one observation, False for a batch; ValueError for neither."""
     if isinstance(space, spaces.Dict):
@@ -322,7 +357,7 @@ def to_tensors(obs: Any, space: spaces.Space, device: torch.device, add_batch: b
     """numpy observations -> tensors on the device, images still uint8; a dict of them for a Dict space."""
     if isinstance(space, spaces.Dict):
         return {key: to_tensors(obs[key], part, device, add_batch) for key, part in space.items()}
-    tensor = torch.as_tensor(np.asarray(obs), device=device)
+    tensor = torch.as_tensor(np.ascontiguousarray(obs).reshape(np.shape(obs)), device=device)
     return tensor.unsqueeze(0) if add_batch else tensor
 
 

@@ -55,7 +55,10 @@ def load_checkpoint(path: Path, agent: Agent) -> bool:
         return read_weights(path / f"replay-{name}.safetensors")[0]
 
     tensors, description = read_weights(path / "training.safetensors")
-    return agent.restore(tensors, description["meta"], load)
+    try:
+        return agent.restore(tensors, description["meta"], load)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(f"{path} does not continue a {agent.name} of this version: {error}") from error
 
 
 def newest_first(checkpoints: Path) -> list[Path]:
@@ -68,6 +71,8 @@ def sweep(checkpoints: Path, after: Path) -> None:
     newer = [path for path in newest_first(checkpoints) if path.name > after.name]
     for path in [*checkpoints.glob(".step-*.partial"), *newer]:
         shutil.rmtree(path, ignore_errors=True)
+    for file in checkpoints.glob("best/*.partial"):
+        file.unlink(missing_ok=True)
 
 
 def _link(old: Path, new: Path) -> bool:

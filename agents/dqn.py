@@ -10,6 +10,7 @@ import fnmatch
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -27,6 +28,7 @@ from .agent import (
     map_tensors,
     passes,
     random_streams,
+    resolve_device,
     rng_from_json,
     rng_to_json,
     to_tensors,
@@ -267,10 +269,17 @@ class DQN(Agent):
         self.replay: Replay | None = None
         """Made, like the first observations, when training starts: an agent that only acts needs neither."""
         self.obs: Any = None
+        self.collecting_since = 0
+        """`env_step` at which the replay was empty."""
+        self.buffer_device = resolve_device(self.config.buffer_device)
+        self.network.eval()
+        self.target.eval()
 
     def training(self, total_steps: int, log_every: int = 1000) -> Iterator[Row]:
         config, env = self.config, self.env
-        replay = self._start()
+        self.start()
+        replay = self.replay
+        assert replay is not None
         episodes: list[Any] = []
         # One number that losses are added to: keeping them as many small tensors splits the heap into pieces
         # that large batches no longer fit, which took gigabytes on Atari.
@@ -291,7 +300,8 @@ class DQN(Agent):
             # Learn.
             if passes(config.target_every, before, self.env_step):
                 self.update_target()
-            if self.env_step > config.learning_starts and passes(config.train_every, before, self.env_step):
+            collected = self.env_step - self.collecting_since
+            if collected > config.learning_starts and passes(config.train_every, before, self.env_step):
                 rate = learning_rate_at(self.env_step, total_steps, config)
                 loss_sum += self.update(config.gradient_steps, rate)
 
@@ -313,20 +323,10 @@ class DQN(Agent):
                 yield row
                 window, window_step, window_updates = time.perf_counter(), self.env_step, self.grad_step
 
-    def _make_replay(self) -> Replay:
-        return Replay(
-            self.config.buffer_size,
-            self.config.num_envs,
-            self.observation_space,
-            self.action_space,
-            frame_stack=self.env.frame_stack,
-            device=self.config.buffer_device,
-        )
-
-    def _start(self) -> Replay:
-        """The replay, made at first use together with the first observations."""
+    def start(self) -> None:
         if self.replay is None:
             self.replay = self._make_replay()
+            self.collecting_since = self.env_step
         if self.obs is None:
             self.obs = self.env.reset()
             self.replay.reset(self.obs)
@@ -334,11 +334,22 @@ class DQN(Agent):
             obs = to_tensors(self.obs, self.observation_space, self.device)
             zeros = torch.zeros(self.env.num_envs, device=self.device)
             self.loss = compile_or_eager(q_loss, self.network, obs, zeros.long(), zeros)
-        return self.replay
+
+    def _make_replay(self) -> Replay:
+        size, spaces_ = self.config.buffer_size, (self.observation_space, self.action_space)
+        frame_stack = self._env.frame_stack
+        try:
+            return Replay(
+                size, self.config.num_envs, *spaces_, frame_stack=frame_stack, device=self.buffer_device
+            )
+        except (MemoryError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"buffer_size {size:,} does not fit into memory: {reason}") from error
 
     def update(self, gradient_steps: int, learning_rate: float) -> Tensor:
         """Take gradient steps on batches from the replay; the sum of their losses, still on the device."""
-        config, network = self.config, self.network
+        config, network, replay = self.config, self.network, self.replay
+        assert replay is not None, "update before training has started"
 
         def send(tensor: Tensor) -> Tensor:
             return tensor.to(self.device, non_blocking=True)
@@ -347,12 +358,13 @@ class DQN(Agent):
             return tensor.flatten(0, 1)  # (steps, B, ...) -> (steps * B, ...)
 
         loss_sum = torch.zeros((), device=self.device)
+        network.train()  # dropout and the like belong to the loss alone
         # Sample many batches at once, so that what does not depend on the weights being learned, above all
         # the target network's values, costs one call for all of them; fewer where observations are large.
         at_once = min(2048, 2**22 // spaces.flatdim(self.observation_space)) // config.batch_size
         for done in range(0, gradient_steps, max(1, at_once)):
             shape = (min(max(1, at_once), gradient_steps - done), config.batch_size)
-            batch = map_tensors(send, self._start().sample(shape, self.sampling_rng))
+            batch = map_tensors(send, replay.sample(shape, self.sampling_rng))
             with torch.no_grad():
                 next_q = self.target(map_tensors(flatten, batch["next_obs"]))  # (steps * B, A)
             names = ("obs", "actions", "rewards", "terminated", "next_obs")
@@ -367,6 +379,7 @@ class DQN(Agent):
                 adam_step(self.weights, gradient, self.adam, learning_rate, config.adam_eps)
                 loss_sum += loss.detach()
             self.grad_step += shape[0]
+        network.eval()
         return loss_sum
 
     def update_target(self) -> None:
@@ -383,8 +396,13 @@ class DQN(Agent):
 
     # Checkpoints.
 
+    def load_weights(self, tensors: dict[str, Tensor], source: Path) -> None:
+        super().load_weights(tensors, source)
+        self.target.load_state_dict(tensors)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        replay = self._start()
+        self.start()
+        assert self.replay is not None
         tensors = {"target": self.target_weights.detach(), "sampling_rng": self.sampling_rng.get_state()}
         tensors |= {f"target_buffer.{name}": t for name, t in self.target.named_buffers()}
         tensors |= {f"adam.{name}": tensor for name, tensor in self.adam._asdict().items()}
@@ -392,15 +410,18 @@ class DQN(Agent):
         tensors |= {f"env.{name}": torch.as_tensor(array) for name, array in env_arrays.items()}
         meta = {
             "env": env_meta,
-            "replay": replay.state(),
+            "replay": self.replay.state(),
             "acting_rng": rng_to_json(self.acting_rng),
             "predict_rng": rng_to_json(self.predict_rng),
             "epsilon": self.epsilon,
+            "collecting_since": self.collecting_since,
         }
         return tensors, meta
 
     def segments(self) -> Iterable[tuple[str, Callable[[], dict[str, Tensor]]]]:
-        return self._start().segments()
+        self.start()
+        assert self.replay is not None
+        return self.replay.segments()
 
     def restore(
         self, tensors: dict[str, Tensor], meta: dict[str, Any], load: Callable[[str], dict[str, Tensor]]
@@ -412,7 +433,7 @@ class DQN(Agent):
         self.sampling_rng.set_state(tensors["sampling_rng"])
         rng_from_json(self.acting_rng, meta["acting_rng"])
         rng_from_json(self.predict_rng, meta["predict_rng"])
-        self.epsilon = meta["epsilon"]
+        self.epsilon, self.collecting_since = meta["epsilon"], meta["collecting_since"]
         for name, tensor in self.adam._asdict().items():
             tensor.copy_(tensors[f"adam.{name}"])
         arrays = {k.removeprefix("env."): v.numpy() for k, v in tensors.items() if k.startswith("env.")}

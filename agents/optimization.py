@@ -40,7 +40,9 @@ def flat_gradient(loss: Tensor, parameters: Sequence[Tensor], out: Tensor) -> Te
 
     The caller keeps `out` from step to step: memory of this size would go back to the system each time.
     """
-    return torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, parameters)], out=out)
+    # Parameters that the loss does not depend on get zeros.
+    gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    return torch.cat([gradient.reshape(-1) for gradient in gradients], out=out)
 
 
 def clip_norm(gradient: Tensor, max_norm: float) -> Tensor:

@@ -11,6 +11,7 @@ import importlib
 import logging
 import os
 import signal
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -131,28 +132,29 @@ def make_env(spec: EnvSpec, max_episode_steps: int | None, kwargs: dict[str, Any
 
 
 def image_view(space: spaces.Space) -> tuple[spaces.Space, Callable[[Any], Any] | None]:
-    """The space with its images channels first and uint8, and what converts observations (None: nothing).
+    """The space with its images channels first, and what converts observations (None: nothing).
 
-    An image is a Box of rank 3 and dtype uint8 or bool. It is channels first already where its first axis is
-    strictly the shortest. Booleans of any rank become uint8, as they are 0 or 1. Looks into Dict spaces.
+    An image is a Box of rank 3. It is channels first already where its first axis is strictly the shortest.
+    Booleans of any rank become uint8, as they are 0 or 1. Looks into Dict spaces, whose order stays.
     """
     if isinstance(space, spaces.Dict):
         views = {key: image_view(sub) for key, sub in space.spaces.items()}
         converts = {key: convert for key, (_, convert) in views.items() if convert}
         if not converts:
             return space, None
-        return spaces.Dict({key: sub for key, (sub, _) in views.items()}), lambda obs: {
+        return spaces.Dict(OrderedDict((key, sub) for key, (sub, _) in views.items())), lambda obs: {
             key: converts[key](value) if key in converts else value for key, value in obs.items()
         }
-    if not isinstance(space, spaces.Box) or space.dtype not in (np.uint8, np.bool_):
+    if not isinstance(space, spaces.Box):
         return space, None
     shape = space.shape
     move = len(shape) == 3 and not shape[0] < min(shape[1:])
-    if not move and space.dtype == np.uint8:
+    dtype: Any = np.uint8 if space.dtype == np.bool_ else space.dtype
+    if not move and dtype == space.dtype:
         return space, None
 
     def convert(obs: np.ndarray) -> np.ndarray:
         obs = np.moveaxis(obs, -1, 0) if move else obs  # (H, W, C) -> (C, H, W)
-        return obs.astype(np.uint8)
+        return obs.astype(dtype)
 
-    return spaces.Box(convert(space.low), convert(space.high), dtype=np.uint8), convert
+    return spaces.Box(convert(space.low), convert(space.high), dtype=dtype), convert

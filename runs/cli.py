@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import importlib
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -44,10 +45,15 @@ def main(argv: list[str] | None = None) -> int:
         return _refuse(_unknown("command", arguments[0], commands))
     warnings.showwarning = _show_warning
     if "" not in sys.path:
-        sys.path.insert(0, "")  # as with python -m: `mine:Env-v0` is mine.py in the current folder
+        sys.path.append(
+            ""
+        )  # `mine:Env-v0` is mine.py in the current folder; last, so that it shadows nothing
     try:
         return commands[arguments[0]](arguments[1:])
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # whoever read our output has gone
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+            return 1
         if isinstance(error, ValueError) and not _raised_by_us(error):
             raise
         return _refuse(" ".join(str(error).split()))
@@ -59,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
 def train_command(arguments: list[str]) -> int:
     from ..agents import AGENTS
     from .seeds import train_seeds
-    from .train import Options, train
+    from .train import Options, make_agent, train
 
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: foveal train AGENT ...\n\nagents: {', '.join(AGENTS)}")
@@ -82,6 +88,8 @@ def train_command(arguments: list[str]) -> int:
     command.__doc__ = f"Train {name} into a new run folder. Settings default to the recipe for --env-id."
     given: Any = _parse(command, f"foveal train {name}", rest)
     if given.several.seeds > 1:
+        last = dataclasses.replace(given.training, seed=given.training.seed + given.several.seeds - 1)
+        make_agent(name, last, getattr(given, name)).env.close()  # what cannot be taken is told once, here
         return train_seeds(name, rest, given.training, given.several.seeds, given.several.jobs)
     run = train(name, given.training, getattr(given, name))
     return 0 if run.summary["state"] == "finished" else 130
@@ -159,6 +167,9 @@ def evaluate_command(arguments: list[str]) -> int:
     from .video import record
 
     agent = load(given.run, device=given.device)
+    if given.video is not None:  # first, so that a name that cannot be written is told before the long part
+        film = record(agent, given.video, seed=given.seed, deterministic=given.deterministic)
+        print(f"video: {film}", file=sys.stderr if given.json else sys.stdout)
     result = evaluate(
         agent, given.episodes, seed=given.seed, num_envs=given.num_envs, deterministic=given.deterministic
     )
@@ -175,9 +186,6 @@ def evaluate_command(arguments: list[str]) -> int:
             f"{given.episodes} episodes (95 % interval of the mean {low:.1f} to {high:.1f}), "
             f"mean length {result['eval/length_mean']:.1f}"
         )
-    if given.video is not None:
-        film = record(agent, given.video, seed=given.seed, deterministic=given.deterministic)
-        print(f"video: {film}", file=sys.stderr if given.json else sys.stdout)
     return 0
 
 
@@ -208,7 +216,7 @@ def list_command(arguments: list[str]) -> int:
             print(what)
             for name, thing in registry.items():
                 print(f"  {name:<10} {first_line(thing)}")
-    if given.what == "environments":
+    if given.what == "environments" or given.contains:
         for env_id in list_env_ids():
             if given.contains.lower() in env_id.lower():
                 print(env_id)

@@ -14,7 +14,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("foveal", "torch", "gymnasium", "stable-baselines3", "wandb", "numpy")
+PACKAGES = (
+    "foveal",
+    "torch",
+    "gymnasium",
+    "stable-baselines3",
+    "wandb",
+    "numpy",
+    "ale-py",
+    "MinAtar",
+    "Box2D",
+)
 
 
 def versions() -> dict[str, str | None]:
@@ -23,11 +33,12 @@ def versions() -> dict[str, str | None]:
 
 
 def surroundings() -> dict[str, Any]:
-    """When, how and where this process was started, and the commit of the current folder."""
+    """When, how and where this process was started, and the commits of the current folder and of foveal."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "git": git_commit(),
+        "git": git_commit(Path.cwd()),
+        "foveal_git": git_commit(Path(__file__).parent),
         "hostname": socket.gethostname(),
         "platform": platform.platform(),
     }
@@ -44,11 +55,13 @@ def sha256(path: str | Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def git_commit() -> dict[str, Any] | None:
-    """The commit of the current folder's repository, and whether its files differ from it, or None."""
+def git_commit(folder: Path) -> dict[str, Any] | None:
+    """The commit of a folder's repository, and whether its files differ from it; None outside of one."""
 
     def git(*command: str) -> str:
-        done = subprocess.run(["git", *command], capture_output=True, text=True, check=True, timeout=10)
+        done = subprocess.run(
+            ["git", *command], cwd=folder, capture_output=True, text=True, check=True, timeout=10
+        )
         return done.stdout.strip()
 
     try:

@@ -96,6 +96,25 @@ class Run:
             self._tracker.log(self._rows, axis, row)
         self._rows += 1
 
+    def configure(self, values: Mapping[str, Any]) -> None:
+        """Merge `values` (JSON-able) into config.json, replaced in one step: the run goes on with others."""
+        self.config.update(values)
+        _write_json(self.path / "config.json", self.config)
+
+    def rewind(self, env_step: int) -> None:
+        """Forget the rows after `env_step`, of a run that is not on and will go on differently from there.
+
+        W&B's offline files, which are a view of the rows, go too: the next start writes them anew.
+        """
+        rows = [row for row in self.rows() if row.get("env_step", 0) <= env_step]
+        if len(rows) == len(self.rows()):
+            return
+        metrics = self.path / "metrics.jsonl"
+        draft = metrics.with_name(".metrics.jsonl.rewind")
+        draft.write_bytes(b"".join(json.dumps(row).encode() + b"\n" for row in rows))
+        draft.replace(metrics)
+        shutil.rmtree(self.path / "wandb", ignore_errors=True)
+
     def summarize(self, values: Mapping[str, Any]) -> None:
         """Merge `values` (JSON-able; scalars of NumPy and torch too) into summary.json, replaced in one step.
 

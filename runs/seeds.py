@@ -1,6 +1,7 @@
 """Several seeds of one configuration, each in a process of its own."""
 
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -11,20 +12,32 @@ import numpy as np
 
 from .run import open_run
 from .statistics import bootstrap_ci, iqm
+from .train import signal_handlers
 
 
 def train_seeds(agent: str, arguments: list[str], options: Any, seeds: int, jobs: int) -> int:
     """Train `seeds` consecutive seeds, `jobs` at a time, and print their scores together.
 
     `arguments` are those of `foveal train AGENT`, with the seed's own put behind them. Ctrl-C reaches every
-    process, and each saves what it has. Returns the largest exit code.
+    process by itself and SIGTERM is passed on; each saves what it has. Returns the largest exit code.
     """
     printing = threading.Lock()
+    running: list[subprocess.Popen[str]] = []
+    stopping: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        stopping.append(number)
+        for process in running:
+            if number == signal.SIGTERM and process.poll() is None:
+                process.terminate()
 
     def one(seed: int) -> tuple[int, str | None]:
+        if stopping:
+            return 130, None
         own = ["--seed", str(seed), "--seeds", "1", "--jobs", "1"]
         command = [sys.executable, "-m", "foveal.runs", "train", agent, *arguments, *own]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        running.append(process)
         folder = None
         assert process.stdout is not None
         for line in process.stdout:
@@ -35,7 +48,8 @@ def train_seeds(agent: str, arguments: list[str], options: Any, seeds: int, jobs
         return process.wait(), folder
 
     numbers = range(options.seed, options.seed + seeds)
-    with ThreadPoolExecutor(jobs) as pool:
+    handlers = {signal.SIGINT: stop, signal.SIGTERM: stop}
+    with signal_handlers(handlers), ThreadPoolExecutor(jobs) as pool:
         results = list(pool.map(one, numbers))
     folders = [folder for _, folder in results if folder is not None]
     scores = [open_run(folder).summary["eval/return_mean"] for folder in folders]

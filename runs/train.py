@@ -2,19 +2,21 @@
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from gymnasium import spaces
 
 from ..agents import AGENTS, Agent, load, load_checkpoint, newest_first, save_checkpoint, sweep
 from ..agents.agent import passes
@@ -85,9 +87,17 @@ class Options:
         for name in ("total_steps", "log_every", "eval_episodes", "final_episodes", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.eval_every is None:
+            object.__setattr__(self, "eval_every", max(5_000, self.log_every, self.total_steps // 20))
         for name in ("eval_every", "threads"):
-            if (getattr(self, name) or 0) < 0:
+            if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        # Between rows an agent is not whole, so nothing can come more often than they do.
+        for name in ("eval_every", "checkpoint_every"):
+            if 0 < getattr(self, name) < self.log_every:
+                raise ValueError(
+                    f"{name} must be at least log_every ({self.log_every}), got {getattr(self, name)}"
+                )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be between 0 and 2**32 - 1, got {self.seed}")
         parse_env_kwargs(self.env_kwargs)
@@ -107,11 +117,8 @@ def parse_env_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
     return kwargs
 
 
-def train(agent_name: str, options: Options, config: Any) -> Run:
-    """Train a new agent into a new run folder, which is finished, stopped or failed when this returns.
-
-    Raises ValueError or OSError, before any folder is made, for whatever cannot be taken.
-    """
+def make_agent(agent_name: str, options: Options, config: Any) -> Agent:
+    """The agent that a run begins with. Raises ValueError for whatever cannot be taken; no folder is made."""
     env = make_vec(
         options.env_id,
         config.num_envs,
@@ -121,10 +128,19 @@ def train(agent_name: str, options: Options, config: Any) -> Run:
         max_episode_steps=options.max_episode_steps,
     )
     agent = AGENTS[agent_name](env, config, encoder=options.encoder, seed=options.seed, device=options.device)
-    parents = []
     if options.init_from is not None:
-        parents = [find_weights(options.init_from)]
-        agent.load_weights(read_weights(parents[0])[0], parents[0])
+        path = find_weights(options.init_from)
+        agent.load_weights(read_weights(path)[0], path)
+    agent.start()
+    return agent
+
+
+def train(agent_name: str, options: Options, config: Any) -> Run:
+    """Train a new agent into a new run folder, which is finished or stopped when this returns.
+
+    Raises ValueError or OSError, before any folder is made, for whatever cannot be taken.
+    """
+    agent = make_agent(agent_name, options, config)
     run = create_run(
         options.results,
         group=options.group or f"{agent_name}-{options.env_id}",
@@ -142,11 +158,11 @@ def train(agent_name: str, options: Options, config: Any) -> Run:
         },
         tags=options.tags,
         track=options.track,
-        parents=parents,
+        parents=[find_weights(options.init_from)] if options.init_from else [],
     )
     try:
         save_checkpoint(agent, run.path / "checkpoints")  # so that a run can be resumed from its first moment
-    except OSError:  # no room even for that: leave nothing behind
+    except BaseException:  # no room even for that: leave nothing behind
         with suppress(OSError):
             run.finish("failed")
         shutil.rmtree(run.path, ignore_errors=True)
@@ -158,17 +174,13 @@ def train(agent_name: str, options: Options, config: Any) -> Run:
 def resume(path: Path, total_steps: int | None, checkpoint: str | None, progress: bool = True) -> Run:
     """Go on with a run from its newest checkpoint, or the one named, as if it had never stopped.
 
-    A finished run needs more `total_steps` to go on. Raises ValueError or FileNotFoundError, naming the file
-    and the checkpoint before it, where a checkpoint is not whole.
+    A finished run needs more `total_steps` to go on. With another `total_steps` the schedules are other ones,
+    so rows after the checkpoint are history of a run that is no more, and are dropped. Raises ValueError or
+    FileNotFoundError, naming the file and the checkpoint before it, where a checkpoint is not whole.
     """
-    path = open_run(path).path
-    stored = open_run(path).config.get("options")
-    if stored is None:
-        raise ValueError(f"{path} is not a training run: its config.json has no options")
-    changes = {"progress": progress} | ({} if total_steps is None else {"total_steps": total_steps})
-    options = Options(
-        **{**stored, "init_from": None, **{k: tuple(stored[k]) for k in ("env_kwargs", "tags")}, **changes}
-    )
+    run = open_run(path)
+    path, stored = run.path, _options_of(run)
+    options = replace(stored, progress=progress, total_steps=total_steps or stored.total_steps)
     checkpoints = newest_first(path / "checkpoints")
     chosen = next((folder for folder in checkpoints if checkpoint in (None, folder.name)), None)
     if chosen is None:
@@ -176,73 +188,105 @@ def resume(path: Path, total_steps: int | None, checkpoint: str | None, progress
         raise FileNotFoundError(f"{path} has no checkpoint {checkpoint or ''} to resume from; it has {names}")
     try:
         agent = load(chosen, device=options.device)
-        if agent.env_step >= options.total_steps:
-            raise ValueError(
-                f"{path} is finished: {agent.env_step:,} of {options.total_steps:,} steps; "
-                "to train it further, give more --total-steps"
-            )
         exact = load_checkpoint(chosen, agent)
     except (ValueError, FileNotFoundError) as error:
         older = next((folder.name for folder in checkpoints if folder < chosen), None)
         hint = f"; to go on from the one before it: --checkpoint {older}" if older else ""
         raise ValueError(f"{error}{hint}") from error
+    if agent.env_step >= options.total_steps and run.summary.get("state") == "finished":
+        raise ValueError(
+            f"{path} is finished: {agent.env_step:,} of {options.total_steps:,} steps; "
+            "to train it further, give more --total-steps"
+        )
+    changed = options.total_steps != stored.total_steps
+    if changed or not exact:
+        run.rewind(agent.env_step)
+        best = path / "checkpoints" / "best" / "agent.safetensors"
+        if best.exists() and read_weights(best)[1]["env_step"] > agent.env_step:
+            best.unlink()
+    if changed:
+        as_json = {**run.config["options"], "total_steps": options.total_steps}
+        run.configure({"total_steps": options.total_steps, "options": as_json})
+    sweep(path / "checkpoints", after=chosen)
     run = resume_run(path)
+    if not exact:
+        run.summarize({"resume_exact": False})
+        say("an environment could not be replayed to where it was, and starts a new episode")
     with _closing(run):
-        sweep(path / "checkpoints", after=chosen)
-        if not exact:
-            run.summarize({"resume_exact": False})
-            say("an environment could not be replayed to where it was, and starts a new episode")
         return _train(run, agent, options)
 
 
-def _train(run: Run, agent: Agent, options: Options) -> Run:
-    torch.set_num_threads(
-        options.threads or (os.cpu_count() or 1 if is_image(agent.observation_space) else 1)
-    )
-    checkpoints, start = run.path / "checkpoints", agent.env_step
-    past = [row for row in run.rows() if row["env_step"] <= start]
-    best = max((row["eval/return_mean"] for row in past if "eval/return_mean" in row), default=-np.inf)
-    clock = time.perf_counter() - max((row["time/wall_s"] for row in past), default=0.0)
-    label = f"{agent.name} {options.env_id} seed {options.seed}"
-    eval_every = options.eval_every
-    if eval_every is None:
-        eval_every = max(5_000, options.total_steps // 20)
-    state = "finished"
+def _options_of(run: Run) -> Options:
+    """The options that a run was started with. ValueError where its config.json is not a training's."""
+    try:
+        stored = run.config["options"]
+        lists = {name: tuple(stored[name]) for name in ("env_kwargs", "tags")}
+        return Options(**{**stored, **lists, "init_from": None, "results": Path(stored["results"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{run.path}/config.json has no options of a training of this version: {error}"
+        ) from error
 
-    with (
-        stop_signals() as stop,
-        progress_display(options.total_steps, start, enabled=options.progress, label=label) as show,
-    ):
-        saved = start
+
+def _train(run: Run, agent: Agent, options: Options) -> Run:
+    torch.set_num_threads(options.threads or default_threads(agent.observation_space))
+    checkpoints = run.path / "checkpoints"
+    before = saved = agent.env_step
+    past = [row for row in run.rows() if row["env_step"] <= before]
+    best = max((row["eval/return_mean"] for row in past if "eval/return_mean" in row), default=-np.inf)
+    wall_s = max((row["time/wall_s"] for row in past), default=0.0)
+    clock = time.perf_counter() - wall_s
+    label = f"{agent.name} {options.env_id} seed {options.seed}"
+    stopped = False
+
+    show_progress = progress_display(options.total_steps, before, enabled=options.progress, label=label)
+    with stop_signals() as stop, show_progress as show:
         for row in agent.training(options.total_steps, options.log_every):
             now, end = row["env_step"], row["env_step"] >= options.total_steps
-            if eval_every and (passes(eval_every, now - options.log_every, now) or end):
+            if options.eval_every and (passes(options.eval_every, before, now) or end):
                 result = evaluate(agent, options.eval_episodes, seed=validation_seed(options.seed))
                 row |= evaluation_row(result)
                 if result["eval/return_mean"] >= best:  # of equals the one that was trained for longer
                     best = result["eval/return_mean"]
                     (checkpoints / "best").mkdir(exist_ok=True)
                     agent.save(checkpoints / "best" / "agent.safetensors")
-            row["time/wall_s"] = time.perf_counter() - clock
+            wall_s = row["time/wall_s"] = time.perf_counter() - clock
             run.log(row)
             show(row)
-            if stop():
-                state = "stopped"
-            reached = options.target_score is not None and best >= options.target_score
-            if now - saved >= options.checkpoint_every or end or reached or state == "stopped":
+            end = end or (options.target_score is not None and best >= options.target_score)
+            stopped = stop() and not end
+            if passes(options.checkpoint_every, before, now) or end or stopped:
                 save_checkpoint(agent, checkpoints)
                 saved = now
-            if reached or state == "stopped":
+            before = now
+            if end or stopped:
                 break
 
-    if state == "stopped":
-        run.summarize({"wall_s": row["time/wall_s"]})
-        run.finish(state)
-        say(f"stopped at {agent.env_step:,} steps; to go on: foveal resume {run.path}")
+    if stopped:
+        run.summarize({"wall_s": wall_s})
+        run.finish("stopped")
+        say(f"stopped at {saved:,} steps; to go on: {resume_command(run)}")
         return run
-    _conclude(run, agent, options, time.perf_counter() - clock)
-    run.finish(state)
+    _conclude(run, agent, options, wall_s)
+    run.finish("finished")
     return run
+
+
+def default_threads(space: spaces.Space) -> int:
+    """All cores where there are images, else one, because more only slow small networks down."""
+    parts = list(space.values()) if isinstance(space, spaces.Dict) else [space]
+    return (os.cpu_count() or 1) if any(is_image(part) for part in parts) else 1
+
+
+def resume_command(run: Run) -> str:
+    return f"foveal resume {shlex.quote(str(run.path))}{imports_of(run)}"
+
+
+def imports_of(run: Run) -> str:
+    """What a command about this run must import, since a file alone imports nothing."""
+    names = (run.config["env_id"], run.config["encoder"] or "")
+    modules = dict.fromkeys(name.rpartition(":")[0] for name in names if ":" in name)
+    return "".join(f" --import {module}" for module in modules)
 
 
 def _conclude(run: Run, agent: Agent, options: Options, wall_s: float) -> None:
@@ -290,13 +334,14 @@ def _conclude(run: Run, agent: Agent, options: Options, wall_s: float) -> None:
             say(f"video: {film}")
         except (NoVideo, OSError) as reason:  # the training is done and saved: a film is worth no failure
             say(f"video: none ({reason})")
-    if best.exists():
-        run.artifact("agent", "model", best, {"env_step": scored.env_step})
-        say(f"best checkpoint: {best}")
+    chosen = best if best.exists() else newest_first(run.path / "checkpoints")[0] / "agent.safetensors"
+    run.artifact("agent", "model", chosen, {"env_step": scored.env_step})
+    say(f"weights: {chosen}")
     say(f"run folder: {run.path}")
-    if options.track == "offline":
-        say(f"offline W&B run, to send once logged in: wandb sync {run.path / 'wandb'}/offline-run-*")
-    say(f"again: foveal evaluate {run.path}")
+    quoted = shlex.quote(str(run.path))
+    if run.config["run"]["track"] == "offline":
+        say(f"offline W&B run, to send once logged in: wandb sync {quoted}/wandb/offline-run-*")
+    say(f"again: foveal evaluate {quoted}{imports_of(run)}")
 
 
 def _validated(run: Run, chosen: Agent) -> tuple[int, float] | None:
@@ -308,15 +353,21 @@ def _validated(run: Run, chosen: Agent) -> tuple[int, float] | None:
 
 @contextmanager
 def _closing(run: Run) -> Iterator[None]:
-    """A run that raises is marked: stopped by a second Ctrl-C, else failed. What was saved stays."""
+    """A run that raises is marked: stopped by Ctrl-C or SIGTERM, else failed. What was saved stays."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
     try:
-        yield
+        with signal_handlers({signal.SIGTERM: terminate}):
+            yield
     except BaseException as error:
+        on_purpose = isinstance(error, KeyboardInterrupt | SystemExit)
         with suppress(OSError):  # the disk may be full, which must not hide what happened
-            run.finish("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
+            run.finish("stopped" if on_purpose else "failed")
         saved = next(iter(newest_first(run.path / "checkpoints")), None)
         if saved is not None:
-            print(f"saved up to {saved.name}; to go on: foveal resume {run.path}", file=sys.stderr)
+            print(f"saved up to {saved.name}; to go on: {resume_command(run)}", file=sys.stderr)
         raise
 
 
@@ -332,13 +383,21 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked.append(number)
+        print("\nstopping at the next row of metrics (Ctrl-C again: at once)", file=sys.stderr)
 
-    if threading.current_thread() is not threading.main_thread():  # only there may handlers be set
-        yield lambda: False
-        return
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with signal_handlers({signal.SIGINT: ask, signal.SIGTERM: ask}):
         yield lambda: bool(asked)
+
+
+@contextmanager
+def signal_handlers(handlers: Mapping[signal.Signals, Callable[[int, Any], None]]) -> Iterator[None]:
+    """Handlers while it lasts; none outside of the main thread, where Python allows none."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -92,7 +92,7 @@ def test_dict_concatenates_one_encoder_a_key():
     obs = {"camera": torch.zeros(2, 4, 84, 84, dtype=torch.uint8), "speed": torch.ones(2, 3)}
     features = encoder(obs)
     assert features.shape == (2, 768)
-    torch.testing.assert_close(features[:, 512:], encoder.parts["speed"](obs["speed"]))
+    torch.testing.assert_close(features[:, 512:], encoder.parts[1](obs["speed"]))
 
 
 @pytest.mark.parametrize(("space", "name"), [(VECTOR, "mlp"), (IMAGE, "nature"), (PLANES, "impala")])

@@ -80,7 +80,9 @@ def test_checkpoint_and_go_on_is_bit_for_bit(env_id, kwargs, tmp_path, monkeypat
 def test_keeps_two_and_links_what_did_not_change(tmp_path):
     agent = DQN("CartPole-v1", CONFIG, seed=1)
     agent.config = CONFIG
-    agent._start().segment_bytes = 400  # a few rows a segment
+    agent.start()
+    assert agent.replay is not None
+    agent.replay.segment_bytes = 400  # a few rows a segment
     for _ in agent.training(90, log_every=30):
         save_checkpoint(agent, tmp_path)
     names = [path.name for path in newest_first(tmp_path)]

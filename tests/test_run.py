@@ -73,19 +73,19 @@ def test_no_training_generator_is_touched(tmp_path):
 
 def test_git_commit_and_dirt(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert origin.git_commit() is None
+    assert origin.git_commit(Path.cwd()) is None
     for command in (
         ["init", "-q"],
         ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "--allow-empty", "-m", "x"],
     ):
         subprocess.run(["git", *command], check=True)
-    git = origin.git_commit()
+    git = origin.git_commit(Path.cwd())
     assert git is not None
     assert len(git["commit"]) == 40
     assert git["dirty"] is False
     Path("file").write_text("x")
     subprocess.run(["git", "add", "file"], check=True)
-    assert origin.git_commit() == git | {"dirty": True}
+    assert origin.git_commit(Path.cwd()) == git | {"dirty": True}
 
 
 def test_a_row_is_in_the_file_when_log_returns(tmp_path):

@@ -65,7 +65,7 @@ def preprocess(obs: Tensor, space: spaces.Space) -> Tensor:
         case spaces.Discrete() if not obs.is_floating_point():
             return _one_hot(obs.reshape(-1) - int(space.start), int(space.n))
         case spaces.MultiDiscrete() if not obs.is_floating_point():
-            columns = obs.flatten(1).unbind(1)
+            columns = (obs - torch.as_tensor(space.start, device=obs.device)).flatten(1).unbind(1)
             return torch.cat([_one_hot(x, int(n)) for x, n in zip(columns, space.nvec.flat)], dim=1)
     return obs.float()
 
@@ -94,10 +94,13 @@ class DictEncoder(Encoder):
     def __init__(self, observation_space: spaces.Dict, build: Callable[[spaces.Space], Encoder]):
         parts = {key: build(space) for key, space in observation_space.items()}
         super().__init__(observation_space, sum(part.features_dim for part in parts.values()))
-        self.parts = nn.ModuleDict(parts)
+        self.keys = list(parts)
+        self.parts = nn.ModuleList(parts.values())  # a ModuleDict would not take every key
+        # Where parts came from a file, it is built again under the name that the file gave them.
+        self.loaded_as = next((part.loaded_as for part in parts.values() if part.loaded_as), None)
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:  # type: ignore[override]
-        return torch.cat([part(obs[key]) for key, part in self.parts.items()], dim=1)
+        return torch.cat([part(obs[key]) for key, part in zip(self.keys, self.parts)], dim=1)
 
 
 class MLP(Encoder):
@@ -277,6 +280,8 @@ def load_encoder(path: Path, observation_space: spaces.Space) -> Encoder:
         name, stored = description["encoder"]["name"], description["encoder"]["spec"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} holds no encoder") from error
+    if not isinstance(name, str):
+        raise ValueError(f"{path} was trained with an encoder object of its own, which no name builds again")
     refuse_imports(name, path)
     wanted = {"input": space_to_json(observation_space), "features_dim": stored["features_dim"]}
     if stored != wanted:
@@ -285,7 +290,12 @@ def load_encoder(path: Path, observation_space: spaces.Space) -> Encoder:
         )
     encoder = make_encoder(name, observation_space)
     prefix = "encoder."
-    encoder.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    try:
+        encoder.load_state_dict(
+            {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        )
+    except RuntimeError as error:
+        raise ValueError(f"the encoder of {path} is not the {name} that this version builds") from error
     encoder.loaded_as = name
     return encoder
 

@@ -1,5 +1,6 @@
 """Gymnasium spaces as JSON, so that a weights file says what it takes without the environment at hand."""
 
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ def space_to_json(space: spaces.Space) -> dict[str, Any]:
         case spaces.Discrete():
             return {"type": "Discrete", "n": int(space.n), "start": int(space.start)}
         case spaces.MultiDiscrete():
-            return {"type": "MultiDiscrete", "nvec": space.nvec.tolist()}
+            return {"type": "MultiDiscrete", "nvec": space.nvec.tolist(), "start": space.start.tolist()}
         case spaces.MultiBinary():
             return {"type": "MultiBinary", "n": np.asarray(space.n).tolist()}
         case spaces.Dict():
@@ -45,11 +46,14 @@ def space_from_json(data: dict[str, Any]) -> spaces.Space:
         case "Discrete":
             return spaces.Discrete(data["n"], start=data["start"])
         case "MultiDiscrete":
-            return spaces.MultiDiscrete(np.array(data["nvec"]))
+            return spaces.MultiDiscrete(np.array(data["nvec"]), start=np.array(data["start"]))
         case "MultiBinary":
             return spaces.MultiBinary(data["n"])
         case "Dict":
-            return spaces.Dict({key: space_from_json(part) for key, part in data["spaces"].items()})
+            # In the order of the file: a plain dict would be sorted, and the encoder's inputs with it.
+            return spaces.Dict(
+                OrderedDict((key, space_from_json(part)) for key, part in data["spaces"].items())
+            )
     raise ValueError(f"unknown space type {data['type']!r}")
 
 

@@ -18,7 +18,7 @@ def write_weights(path: Path, tensors: dict[str, Tensor], description: dict[str,
 
     The file is written beside its name, flushed to the disk, and renamed. Raises OSError, naming the path.
     """
-    metadata = {"foveal": json.dumps({"format": FORMAT, **description})}
+    metadata = {"foveal": json.dumps({"format": FORMAT, **description}, default=lambda scalar: scalar.item())}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
