@@ -1,6 +1,7 @@
 """DQN: its equations, its contract, and that it learns."""
 
 import copy
+from collections import OrderedDict
 from typing import Any
 
 import gymnasium as gym
@@ -10,6 +11,7 @@ import torch
 from gymnasium import spaces
 
 from foveal.agents import AGENTS, DQN, load
+from foveal.agents.agent import to_tensors
 from foveal.agents.dqn import (
     RECIPES,
     DQNConfig,
@@ -377,6 +379,76 @@ def test_learn_stops_when_the_callback_says_so_and_goes_on_from_there():
     assert agent.learn(100, progress=False).env_step == 300
 
 
+def test_dict_keys_keep_their_order_through_a_file(tmp_path):
+    agent = DQN("test/DictObs-v0", seed=2, device="cpu")
+    assert list(agent.observation_space) == ["place", "picture.left"]  # type: ignore[call-overload]
+    obs = agent.env.reset()
+    path = agent.save(tmp_path / "agent.safetensors")
+    tensors = to_tensors(obs, agent.observation_space, torch.device("cpu"))
+    with torch.no_grad():
+        torch.testing.assert_close(load(path).network(tensors), agent.network(tensors), rtol=0, atol=0)
+
+
+def test_loaded_weights_reach_the_target_and_learning_waits_for_new_transitions(tmp_path):
+    config = DQNConfig(**{**vars(SMALL), "target_every": 10**6})
+    agent = DQN("CartPole-v1", config, seed=1, device="cpu").learn(100, progress=False)
+    again = load(agent.save(tmp_path / "agent.safetensors"))
+    assert isinstance(again, DQN)
+    torch.testing.assert_close(again.target_weights, again.weights)
+    torch.testing.assert_close(again.weights, agent.weights)
+    steps = again.grad_step
+    again.learn(50, progress=False)
+    assert again.grad_step == steps, "no update before learning_starts new transitions"
+    again.learn(50, progress=False)
+    assert again.grad_step > steps
+
+
+def test_encoder_with_unused_parameters_and_dropout():
+    class Odd(MLP):
+        def __init__(self, observation_space):
+            super().__init__(observation_space, features_dim=8)
+            self.unused = torch.nn.Parameter(torch.ones(3))
+            self.dropout = torch.nn.Dropout(0.5)
+
+        def features(self, x):
+            return self.dropout(super().features(x))
+
+    env = make_vec("CartPole-v1")
+    agent = DQN(env, SMALL, encoder=Odd(env.single_observation_space), seed=1, device="cpu")
+    agent.learn(100, progress=False)
+    assert agent.grad_step > 0
+    obs = np.ones((50, 4), np.float32)
+    assert len(set(agent.predict(obs, deterministic=True)[0])) == 1, "dropout belongs to the loss alone"
+
+
+def test_images_may_be_given_channels_last():
+    agent = DQN("MinAtar/Breakout-v1", seed=0, device="cpu")
+    obs = agent.env.reset()[0]  # (4, 10, 10)
+    first, last = (agent.predict(o, deterministic=True)[0] for o in (obs, obs.transpose(1, 2, 0)))
+    assert first == last
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((gym.make("CartPole-v1"),), "env must be an environment id or what"),
+        (("CartPole-v1", {"gamma": 0.9}), "config must be a DQNConfig, got dict"),
+        (("CartPole-v1", None, MLP), "encoder must be a name or an encoder, got the class MLP"),
+        (("CartPole-v1", None, torch.nn.Linear(4, 8)), "encoder must have a features_dim"),
+        (("CartPole-v1", DQNConfig(buffer_device="nonsense")), "device must be auto, cpu or a device"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        DQN(*arguments)
+
+
+def test_replay_that_does_not_fit():
+    agent = DQN("CartPole-v1", DQNConfig(buffer_size=10**15))
+    with pytest.raises(ValueError, match="buffer_size 1,000,000,000,000,000 does not fit into memory"):
+        agent.start()
+
+
 def test_dict_observations_train():
     agent = DQN("test/DictObs-v0", SMALL, device="cpu").learn(120, progress=False)
     assert agent.grad_step > 0
@@ -384,7 +456,7 @@ def test_dict_observations_train():
 
 class DictObs(gym.Env):
     observation_space = spaces.Dict(
-        {"picture": spaces.Box(0, 255, (1, 8, 8), np.uint8), "place": spaces.Discrete(4)}
+        OrderedDict({"place": spaces.Discrete(4), "picture.left": spaces.Box(0, 255, (1, 8, 8), np.uint8)})
     )
     action_space = spaces.Discrete(3)
 
@@ -397,7 +469,7 @@ class DictObs(gym.Env):
 
     def observe(self):
         return {
-            "picture": self.np_random.integers(0, 256, (1, 8, 8), dtype=np.uint8),
+            "picture.left": self.np_random.integers(0, 256, (1, 8, 8), dtype=np.uint8),
             "place": np.int64(self.np_random.integers(4)),
         }
 

@@ -85,6 +85,14 @@ def test_multidiscrete_is_one_hots_side_by_side():
     )
 
 
+def test_multidiscrete_counts_from_its_start():
+    torch.manual_seed(0)
+    encoder = build("mlp", spaces.MultiDiscrete([2, 3], start=[5, 1]))
+    torch.testing.assert_close(
+        encoder(torch.tensor([[6, 3]])), encoder(torch.tensor([[0.0, 1.0, 0.0, 0.0, 1.0]]))
+    )
+
+
 def test_dict_concatenates_one_encoder_a_key():
     space = spaces.Dict({"camera": IMAGE, "speed": VECTOR})
     encoder = build("auto", space)
@@ -122,7 +130,7 @@ def test_bad_encoders_are_refused_in_one_line(name, space, message):
         IMAGE,
         VECTOR,
         spaces.Discrete(3, start=1),
-        spaces.MultiDiscrete([2, 5]),
+        spaces.MultiDiscrete([2, 5], start=[1, 0]),
         spaces.MultiBinary(4),
         spaces.Box(np.array([-1, 0], np.float32), np.array([1, 2], np.float32)),
         spaces.Dict({"a": VECTOR, "b": spaces.Discrete(2)}),

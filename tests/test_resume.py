@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from foveal.agents import DQN, load, load_checkpoint, newest_first, save_checkpo
 from foveal.agents.dqn import DQNConfig
 from foveal.envs import make_vec
 from foveal.vision import ENCODERS, MLP
-from foveal.vision.weights import read_weights
+from foveal.vision.weights import read_weights, write_weights
 
 CONFIG = DQNConfig(
     learning_starts=60, train_every=7, gradient_steps=3, batch_size=8, buffer_size=100, target_every=13
@@ -232,8 +233,6 @@ def test_stop_signals_save_and_resume_goes_on(number, uninterrupted, tmp_path):
 
 
 def test_a_run_copied_elsewhere_resumes_there(uninterrupted, tmp_path):
-    import shutil
-
     copy = tmp_path / "elsewhere"
     shutil.copytree(uninterrupted, copy)
     shutil.rmtree(newest_first(copy / "checkpoints")[0])  # as if killed before the last checkpoint
@@ -242,3 +241,92 @@ def test_a_run_copied_elsewhere_resumes_there(uninterrupted, tmp_path):
     assert process.returncode == 0, output
     assert rows_of(copy) == rows_of(uninterrupted)
     assert os.listdir(tmp_path) == ["elsewhere"], "wrote outside of the run folder"
+
+
+def test_killed_while_it_was_scored_is_scored_by_resume(uninterrupted, tmp_path):
+    """All steps are done and saved, but the run is not finished: resume has only the end to do."""
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    expected = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({"state": "running", "process": {"host": "gone", "pid": 1}}))
+    shutil.rmtree(run / "plots")
+    (run / "plots").mkdir()
+    output = foveal("resume", str(run), cwd=tmp_path).communicate()[0]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["state"] == "finished", output
+    assert summary["eval/return_mean"] == expected["eval/return_mean"]
+    assert (run / "plots" / "learning_curve.png").exists()
+    assert rows_of(run) == rows_of(uninterrupted)
+
+
+def test_other_total_steps_are_remembered_and_the_abandoned_rows_dropped(uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    (run / "summary.json").write_text(json.dumps({"state": "stopped"}))
+    newest, older = newest_first(run / "checkpoints")
+    shutil.rmtree(newest)
+    assert older.name == "step-000000002000"
+    output = foveal("resume", str(run), "--total-steps", "2200", cwd=tmp_path).communicate()[0]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["state"] == "finished", output
+    assert "resume_mismatch" not in summary
+    rows = rows_of(run)
+    assert [row["env_step"] for row in rows] == list(range(100, 2300, 100))
+    assert rows[:20] == rows_of(uninterrupted)[:20]
+    config = json.loads((run / "config.json").read_text())
+    assert config["total_steps"] == config["options"]["total_steps"] == 2200
+    assert "is finished: 2,200 of 2,200 steps" in foveal("resume", str(run), cwd=tmp_path).communicate()[0]
+
+
+def test_sigterm_to_several_seeds_reaches_each(tmp_path):
+    flags = [*FLAGS, "--track", "off", "--no-progress", "--total-steps", "200000"]
+    process = foveal("train", "dqn", *flags, "--seeds", "2", "--jobs", "2", cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        files = list((tmp_path / "results").glob("*/*/metrics.jsonl"))
+        if len(files) == 2 and all(file.stat().st_size for file in files):
+            break
+        time.sleep(0.05)
+    process.terminate()
+    output = process.communicate()[0]
+    assert process.returncode == 130, output
+    states = [json.loads(p.read_text())["state"] for p in (tmp_path / "results").glob("*/*/summary.json")]
+    assert states == ["stopped", "stopped"], output
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("config.json", lambda d: d["options"].pop("tags")),
+        ("config.json", lambda d: d["options"].update(unheard_of=1)),
+        ("config.json", lambda d: d["options"].update(total_steps="many")),
+        ("config.json", lambda d: d.update(options=[])),
+        ("config.json", lambda d: d.pop("options")),
+    ],
+)
+def test_damaged_config_is_one_line(file, damage, uninterrupted, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    config = json.loads((run / file).read_text())
+    damage(config)
+    (run / file).write_text(json.dumps(config))
+    process = foveal("resume", str(run), cwd=tmp_path)
+    output = process.communicate()[0]
+    assert process.returncode == 2
+    assert "config.json has no options of a training of this version" in output
+    assert len(output.strip().splitlines()) == 1
+
+
+def test_checkpoint_of_another_agent_is_refused(tmp_path):
+    agent = DQN("CartPole-v1", CONFIG, seed=1)
+    next(iter(agent.training(50, log_every=50)))
+    checkpoint = save_checkpoint(agent, tmp_path)
+    tensors, description = read_weights(checkpoint / "training.safetensors")
+    description.pop("format")
+    write_weights(checkpoint / "training.safetensors", {**tensors, "adam.mean": torch.ones(3)}, description)
+    with pytest.raises(ValueError, match="does not continue a dqn of this version"):
+        load_checkpoint(checkpoint, load(checkpoint))
+    description["meta"].pop("acting_rng")
+    write_weights(checkpoint / "training.safetensors", tensors, description)
+    with pytest.raises(ValueError, match="acting_rng"):
+        load_checkpoint(checkpoint, load(checkpoint))
