@@ -265,7 +265,12 @@ def test_images_become_channels_first_uint8():
     assert convert is not None
     np.testing.assert_array_equal(convert(board)[4], board[:, :, 4])
     assert image_view(spaces.Box(0, 255, (128,), np.uint8))[1] is None
-    assert image_view(spaces.Box(-1, 1, (8, 8, 3), np.float32))[1] is None
+    floats = spaces.Box(-1, 1, (8, 9, 3), np.float32)
+    space, convert = image_view(floats)
+    assert space == spaces.Box(-1, 1, (3, 8, 9), np.float32)
+    assert convert is not None
+    np.testing.assert_array_equal(convert(obs := floats.sample()), obs.transpose(2, 0, 1))
+    assert image_view(space) == (space, None)
 
 
 def test_actions_are_converted_and_checked():
