@@ -39,9 +39,10 @@ from .optimization import (
     adam_step,
     clip_norm,
     compile_or_eager,
-    flat_gradient,
     flatten_parameters,
     keep_freed_memory,
+    take_gradient,
+    views_of,
 )
 from .replay import Replay
 
@@ -256,13 +257,16 @@ class DQN(Agent):
             torch.manual_seed(weights_seed)
             if not isinstance(encoder, nn.Module):
                 encoder = make_encoder(encoder, self.observation_space)
-            self.network = QNetwork(encoder, self.num_actions).to(self.device)
+            # Convolutions' weights channels last in memory: their gradient takes a third less time on a CPU.
+            network = QNetwork(encoder, self.num_actions).to(self.device)
+            self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
             self.target = copy.deepcopy(self.network)
         self.weights = flatten_parameters(self.network)
         self.target_weights = flatten_parameters(self.target)
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
         keep_freed_memory()
         self.gradient = torch.empty_like(self.weights, requires_grad=False)
+        self.gradients = views_of(self.gradient, self.parameters)
         self.adam = adam_state(self.weights)
         self.loss: Callable[..., Tensor] = q_loss
         self.epsilon = self.config.exploration_initial
@@ -374,9 +378,9 @@ class DQN(Agent):
                     best = (network(next_obs) if config.double else values).argmax(1, keepdim=True)  # (B, 1)
                     target = td_target(rewards, terminated, values.gather(1, best).squeeze(1), config.gamma)
                 loss = self.loss(network, obs, actions, target)
-                gradient = flat_gradient(loss, self.parameters, out=self.gradient)
-                gradient = clip_norm(gradient, config.max_grad_norm)
-                adam_step(self.weights, gradient, self.adam, learning_rate, config.adam_eps)
+                take_gradient(loss, self.parameters, self.gradients)
+                clip_norm(self.gradient, config.max_grad_norm)
+                adam_step(self.weights, self.gradient, self.adam, learning_rate, config.adam_eps)
                 loss_sum += loss.detach()
             self.grad_step += shape[0]
         network.eval()

@@ -16,13 +16,20 @@ def flatten_parameters(module: nn.Module) -> nn.Parameter:
     """Move a module's trainable parameters into one contiguous tensor (P,) and return it.
 
     The module goes on working: its parameters become views into the returned tensor, in the order of
-    `module.parameters()`. Call it after `.to(device)`, which would cut the views loose.
+    `module.parameters()`, each with the memory layout that it had (channels last, say). Call it after
+    `.to(device)`, which would cut the views loose.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
-    flat = torch.cat([p.detach().reshape(-1) for p in parameters])
-    for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters])):
-        parameter.data = part.view_as(parameter)
+    flat = torch.cat([p.detach().as_strided((p.numel(),), (1,)) for p in parameters])
+    for parameter, view in zip(parameters, views_of(flat, parameters)):
+        parameter.data = view
     return nn.Parameter(flat)
+
+
+def views_of(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Parts of a flat tensor (P,) with the shapes and memory layouts of `parameters`."""
+    parts = flat.split([p.numel() for p in parameters])
+    return [part.as_strided(p.shape, p.stride(), part.storage_offset()) for part, p in zip(parts, parameters)]
 
 
 def keep_freed_memory() -> None:
@@ -35,14 +42,15 @@ def keep_freed_memory() -> None:
     torch.empty(2**25 - 2**16, dtype=torch.uint8)
 
 
-def flat_gradient(loss: Tensor, parameters: Sequence[Tensor], out: Tensor) -> Tensor:
-    """d loss / d parameters into `out` (P,), in the layout of `flatten_parameters`; returns it.
+def take_gradient(loss: Tensor, parameters: Sequence[Tensor], views: Sequence[Tensor]) -> None:
+    """Write d loss / d parameters into `views` of a flat gradient, made once by `views_of`.
 
-    The caller keeps `out` from step to step: memory of this size would go back to the system each time.
+    Kept from step to step, because memory of this size would go back to the system each time. Parameters
+    that the loss does not depend on get zeros.
     """
-    # Parameters that the loss does not depend on get zeros.
     gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
-    return torch.cat([gradient.reshape(-1) for gradient in gradients], out=out)
+    for view, gradient in zip(views, gradients):
+        view.copy_(gradient)
 
 
 def clip_norm(gradient: Tensor, max_norm: float) -> Tensor:

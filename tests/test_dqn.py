@@ -23,7 +23,14 @@ from foveal.agents.dqn import (
     recipe,
     td_target,
 )
-from foveal.agents.optimization import adam_state, adam_step, clip_norm, flat_gradient, flatten_parameters
+from foveal.agents.optimization import (
+    adam_state,
+    adam_step,
+    clip_norm,
+    flatten_parameters,
+    take_gradient,
+    views_of,
+)
 from foveal.envs import make_vec
 from foveal.vision import MLP, make_encoder
 
@@ -90,23 +97,25 @@ def test_epsilon_is_drawn_for_each_environment():
     np.testing.assert_allclose((actions == 3).mean(axis=0), 0.625, atol=0.07)
 
 
-def test_flat_parameters_are_the_module():
+@pytest.mark.parametrize(("name", "shape"), [("mlp", (3,)), ("impala", (2, 8, 8))])
+def test_flat_parameters_are_the_module(name, shape):
     torch.manual_seed(0)
-    network = QNetwork(make_encoder("mlp", spaces.Box(-1, 1, (3,))), 2)
-    obs, actions, targets = torch.randn(5, 3), torch.tensor([0, 1, 1, 0, 1]), torch.randn(5)
+    network = QNetwork(make_encoder(name, spaces.Box(-1, 1, shape)), 2)
+    obs, actions, targets = torch.randn(5, *shape), torch.tensor([0, 1, 1, 0, 1]), torch.randn(5)
     plain = copy.deepcopy(network)
     optimizer = torch.optim.Adam(plain.parameters(), lr=1e-2, eps=1e-4)
+    network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     flat = flatten_parameters(network)
     parameters = list(network.parameters())
+    gradient = torch.empty(flat.shape)
+    views = views_of(gradient, parameters)
     adam = adam_state(flat)
     for _ in range(3):
         optimizer.zero_grad()
         q_loss(plain, obs, actions, targets).backward()
         torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
         optimizer.step()
-        gradient = flat_gradient(
-            q_loss(network, obs, actions, targets), parameters, out=torch.empty(flat.shape)
-        )
+        take_gradient(q_loss(network, obs, actions, targets), parameters, views)
         adam_step(flat, clip_norm(gradient, 0.1), adam, 1e-2, eps=1e-4)
     for one, other in zip(plain.parameters(), network.parameters()):
         torch.testing.assert_close(one, other)
