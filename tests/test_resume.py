@@ -190,27 +190,45 @@ def uninterrupted(tmp_path_factory):
     return only_run(folder / "results")
 
 
-def test_kill_9_at_random_moments(uninterrupted, tmp_path):
-    """Killed three times at random rows; file and weights end as those of the run that was not."""
+def kill_and_resume(flags, folder: Path, kills: int, rows: int) -> Path:
+    """Train by the command line, killed at random rows, each time resumed; the finished run's folder."""
     moments = random.Random(0)
-    process = foveal("train", "dqn", *FLAGS, "--track", "off", cwd=tmp_path)
-    for _ in range(3):
-        start = len(rows_of(only_run(tmp_path / "results"))) if (tmp_path / "results").exists() else 0
-        wait_for_rows(tmp_path / "results", min(start + moments.randint(1, 9), 23), process)
+    process = foveal("train", "dqn", *flags, "--track", "off", cwd=folder)
+    for _ in range(kills):
+        start = len(rows_of(only_run(folder / "results"))) if (folder / "results").exists() else 0
+        wait_for_rows(folder / "results", min(start + moments.randint(1, 9), rows - 1), process)
         process.kill()
         process.communicate()
-        process = foveal("resume", str(only_run(tmp_path / "results")), cwd=tmp_path)
+        process = foveal("resume", str(only_run(folder / "results")), cwd=folder)
     output = process.communicate()[0]
     assert process.returncode == 0, output
-    run = only_run(tmp_path / "results")
-    assert rows_of(run) == rows_of(uninterrupted)
-    first, second = weights_of(uninterrupted), weights_of(run)
+    return only_run(folder / "results")
+
+
+def assert_same_run(run: Path, whole: Path) -> None:
+    assert rows_of(run) == rows_of(whole)
+    first, second = weights_of(whole), weights_of(run)
     assert all(torch.equal(first[name], second[name]) for name in first)
-    summary = json.loads((run / "summary.json").read_text())
+    summary, expected = (json.loads((folder / "summary.json").read_text()) for folder in (run, whole))
     assert summary["state"] == "finished"
     assert "resume_mismatch" not in summary
-    expected = json.loads((uninterrupted / "summary.json").read_text())
     assert summary["eval/return_mean"] == expected["eval/return_mean"]
+
+
+def test_kill_9_at_random_moments(uninterrupted, tmp_path):
+    """Killed three times at random rows; file and weights end as those of the run that was not."""
+    assert_same_run(kill_and_resume(FLAGS, tmp_path, kills=3, rows=24), uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("env_id", ["LunarLander-v3", "MinAtar/Breakout-v1", "ALE/Pong-v5"])
+def test_kill_9_elsewhere(env_id, tmp_path):
+    flags = [*FLAGS, "--env-id", env_id, "--batch-size", "16", "--buffer-size", "1000", "--num-envs", "2"]
+    flags += ["--eval-every", "2400", "--eval-episodes", "1", "--final-episodes", "1"]
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    whole = kill_and_resume(flags, tmp_path / "whole", kills=0, rows=24)
+    assert_same_run(kill_and_resume(flags, tmp_path / "killed", kills=4, rows=24), whole)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
