@@ -309,6 +309,9 @@ def _conclude(run: Run, agent: Agent, options: Options, wall_s: float) -> None:
             "speed/env_steps_per_s": agent.env_step / wall_s,
             "speed/updates_per_s": agent.grad_step / wall_s,
             "wall_s": wall_s,
+            "device": run.config["device"],
+            "git": run.config["run"]["git"],
+            "versions": run.config["versions"],
         }
     )
     low, high = score["eval/return_ci95"]
@@ -331,6 +334,7 @@ def _conclude(run: Run, agent: Agent, options: Options, wall_s: float) -> None:
         try:
             film = record(scored, run.path / "videos" / "policy.mp4")
             run.video("videos/policy", film, env_step=scored.env_step)
+            run.artifact("film", "video", film, {"env_step": scored.env_step})
             say(f"video: {film}")
         except (NoVideo, OSError) as reason:  # the training is done and saved: a film is worth no failure
             say(f"video: none ({reason})")

@@ -70,6 +70,8 @@ def test_a_run_leaves_all_that_it_says(trained):
     summary = json.loads((trained / "summary.json").read_text())
     assert summary["state"] == "finished"
     assert summary["eval/episodes"] == 3
+    assert summary["versions"] == config["versions"]
+    assert (summary["git"], summary["device"]) == (config["run"]["git"], "cpu")
     low, high = summary["eval/return_ci95"]
     assert low <= summary["eval/return_mean"] <= high
     assert {
