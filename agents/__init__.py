@@ -6,12 +6,28 @@ import torch.nn as nn
 
 from ..envs import VectorEnv
 from ..vision import find_weights, read_weights
+from .actor_critic import A2C
 from .agent import Agent
 from .checkpoint import load_checkpoint, newest_first, save_checkpoint, sweep
 from .dqn import DQN
+from .ppo import PPO
+from .pqn import PQN
+from .reinforce import REINFORCE
 from .replay import Replay
+from .sb3 import SB3_AGENTS
+from .tabular import PolicyIteration, QLearning, TabularAgent, ValueIteration
 
-AGENTS: dict[str, type[Agent]] = {"dqn": DQN}
+AGENTS: dict[str, type[Agent]] = {
+    "dqn": DQN,
+    "reinforce": REINFORCE,
+    "a2c": A2C,
+    "ppo": PPO,
+    "pqn": PQN,
+    "value-iteration": ValueIteration,
+    "policy-iteration": PolicyIteration,
+    "q-learning": QLearning,
+    **SB3_AGENTS,
+}
 
 
 def load(
@@ -32,10 +48,18 @@ def load(
 
 
 __all__ = [
+    "A2C",
     "AGENTS",
     "DQN",
+    "PPO",
+    "PQN",
+    "REINFORCE",
     "Agent",
+    "PolicyIteration",
+    "QLearning",
     "Replay",
+    "TabularAgent",
+    "ValueIteration",
     "load",
     "load_checkpoint",
     "newest_first",

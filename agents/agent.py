@@ -1,7 +1,8 @@
 """The Agent contract: what every algorithm here shares, and nothing of how it learns."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
@@ -67,8 +68,16 @@ class Agent:
     Config: ClassVar[type]
     recipe: Callable[..., Any]
     """`recipe(env_id, **changes)`: the Config known to work on an environment."""
+    resumable: ClassVar[bool] = True
+    """Whether there are `state` and `restore`; without them a checkpoint is weights alone."""
     network: nn.Module
     config: Any
+    run_options: ClassVar[dict[str, Any]] = {}
+    """Defaults of a training run's options that are other ones for this agent."""
+    step_name: ClassVar[str] = "environment steps"
+    """What `env_step` counts, for the axis of a plot."""
+    converged: bool = False
+    """Nothing is left to learn, and `training` ends before its last step; only agents that plan know."""
 
     def __init__(
         self,
@@ -171,11 +180,13 @@ class Agent:
         obs = channels_first(obs, self.observation_space)
         single = is_single(obs, self.observation_space)
         batch = to_tensors(obs, self.observation_space, self.device, add_batch=single)
-        actions = self.actions(batch, deterministic)
+        actions, state = self.actions(batch, state, episode_start, deterministic)
         return (actions[0] if single else actions), state
 
-    def actions(self, obs: Any, deterministic: bool) -> np.ndarray:
-        """Actions (B, ...) for a batch of observations on the device."""
+    def actions(
+        self, obs: Any, state: Any, episode_start: np.ndarray | None, deterministic: bool
+    ) -> tuple[np.ndarray, Any]:
+        """Actions (B, ...) for a batch of observations on the device, and the state for the next ones."""
         raise NotImplementedError
 
     def describe(self) -> dict[str, Any]:
@@ -186,12 +197,16 @@ class Agent:
             "seed": self.seed,
             "env_step": self.env_step,
             "grad_step": self.grad_step,
-            "encoder": describe_encoder(self.encoder_name, self.network.encoder, self.observation_space),  # type: ignore[arg-type]
+            "encoder": self.describe_network(),
             "env": self.env_spec(),
             "observation_space": space_to_json(self.observation_space),
             "action_space": space_to_json(self.action_space),
             "frame_stack": self._env.frame_stack,
         }
+
+    def describe_network(self) -> dict[str, Any]:
+        """The encoder's name and spec, from which the constructor builds the network again."""
+        return describe_encoder(self.encoder_name, self.network.encoder, self.observation_space)  # type: ignore[arg-type]
 
     def save(self, path: str | Path) -> Path:
         """Write the weights and the description of this agent to one safetensors file."""
@@ -288,6 +303,8 @@ def _encoder_name(path: Path, description: dict[str, Any]) -> str:
         raise ValueError(
             f"{path} was trained with an encoder object of its own; pass one like it as encoder="
         )
+    for part in str(name).split("+"):
+        refuse_imports(part, path)
     return name
 
 
@@ -373,6 +390,18 @@ def unbind(tree: Any) -> list[Any]:
     if isinstance(tree, dict):
         return [dict(zip(tree, parts)) for parts in zip(*(unbind(part) for part in tree.values()))]
     return list(tree.unbind())
+
+
+def check_finite(losses: Mapping[str, Any], env_step: int, grad_step: int) -> None:
+    """Raise FloatingPointError, which names the loss and the step, where one is NaN or infinite.
+
+    Nothing that a training yields after such a loss is worth saving.
+    """
+    for name, value in losses.items():
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{name} is {float(value)} at grad_step {grad_step} (env_step {env_step})"
+            )
 
 
 def passes(every: int, before: int, now: int) -> bool:

@@ -28,8 +28,9 @@ def save_checkpoint(agent: Agent, checkpoints: Path, keep: int = 2) -> Path:
     partial.mkdir(parents=True)
     try:
         agent.save(partial / "agent.safetensors")
-        tensors, meta = agent.state()
-        write_weights(partial / "training.safetensors", tensors, {"meta": meta})
+        if agent.resumable:
+            tensors, meta = agent.state()
+            write_weights(partial / "training.safetensors", tensors, {"meta": meta})
         for name, read in agent.segments():
             file = f"replay-{name}.safetensors"
             if previous is None or not _link(previous / file, partial / file):

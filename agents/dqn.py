@@ -25,6 +25,7 @@ from .agent import (
     Agent,
     Row,
     UnmadeEnv,
+    check_finite,
     map_tensors,
     passes,
     random_streams,
@@ -308,6 +309,7 @@ class DQN(Agent):
             if collected > config.learning_starts and passes(config.train_every, before, self.env_step):
                 rate = learning_rate_at(self.env_step, total_steps, config)
                 loss_sum += self.update(config.gradient_steps, rate)
+                check_finite({"q_loss": loss_sum}, self.env_step, self.grad_step)
 
             # Report.
             if passes(log_every, before, self.env_step) or self.env_step >= total_steps:
@@ -393,10 +395,13 @@ class DQN(Agent):
             for theirs, mine in zip(self.target.buffers(), self.network.buffers()):
                 theirs.copy_(mine)
 
-    def actions(self, obs: Any, deterministic: bool) -> np.ndarray:
+    def actions(
+        self, obs: Any, state: Any, episode_start: np.ndarray | None, deterministic: bool
+    ) -> tuple[np.ndarray, Any]:
         # Greedy actions draw nothing, others from a stream of their own: predicting never changes a training.
         epsilon = 0.0 if deterministic else self.config.exploration_final
-        return act(self.network, obs, self.num_actions, epsilon, self.predict_rng) + self.first_action
+        actions = act(self.network, obs, self.num_actions, epsilon, self.predict_rng)
+        return actions + self.first_action, state
 
     # Checkpoints.
 

@@ -20,6 +20,8 @@ import numpy as np
 from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
+gym.register("foveal/GridWorld-v0", "foveal.envs.gridworld:GridWorld", max_episode_steps=100)
+
 NAMESPACES = {"ALE": ("ale_py", "atari"), "MinAtar": ("minatar.gym", "minatar")}
 """Namespace -> (the module that registers its environments, foveal's extra that installs it)."""
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
@@ -256,6 +257,12 @@ class VectorEnv:
         self._logged = 0
         self._began = np.zeros(self.num_envs, np.int64)
 
+    def reseed(self, seed: int) -> None:
+        """Be as if made with this seed; `reset()` must come next."""
+        self.seed = self._spec["seed"] = seed
+        self._episode[:] = -1
+        self._obs = None
+
     def reset(self) -> Obs:
         """Begin a new episode in every environment, whatever was running; its first observations (N, ...)."""
         return self._begin(np.ones(self.num_envs, np.bool_))
@@ -269,6 +276,9 @@ class VectorEnv:
             raise ValueError(f"actions must have the shape {self._actions.shape[1:]}, got {actions.shape}")
         self._log(actions)
         next_obs, rewards, terminated, truncated, over = self._backend.step(actions)
+        _check_finite("reward", rewards, self.env_id)
+        for obs in next_obs.values() if isinstance(next_obs, dict) else (next_obs,):
+            _check_finite("observation", obs, self.env_id)
         self._returns += rewards
         learned = (np.sign(rewards) if self._clip_rewards else rewards).astype(np.float32)
         if not np.count_nonzero(over):  # a fifth of what over.any() takes
@@ -381,6 +391,17 @@ def _assign(obs: Obs, i: Any, value: Any) -> None:
             obs[key][i] = value[key]
     else:
         obs[i] = value
+
+
+def _check_finite(what: str, values: np.ndarray, env_id: str) -> None:
+    """FloatingPointError where an environment gave NaN or infinity, from which nothing can be learned.
+
+    One such value makes the sum of all so; adding is the cheapest look at them.
+    """
+    if values.dtype.kind == "f" and not math.isfinite(values.sum()) and not np.isfinite(values).all():
+        where = np.argwhere(~np.isfinite(values))[0]
+        value = values[tuple(where)]
+        raise FloatingPointError(f"{env_id} gave the {what} {value} in environment {where[0]}")
 
 
 def _digest(obs: Obs, i: int) -> str:

@@ -5,9 +5,11 @@ Whatever a person gave wrong is one line on the error output and exit code 2; a 
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import json
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -50,11 +52,11 @@ def main(argv: list[str] | None = None) -> int:
         )  # `mine:Env-v0` is mine.py in the current folder; last, so that it shadows nothing
     try:
         return commands[arguments[0]](arguments[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # whoever read our output has gone
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
             return 1
-        if isinstance(error, ValueError) and not _raised_by_us(error):
+        if not isinstance(error, OSError) and not _raised_by_us(error):
             raise
         return _refuse(" ".join(str(error).split()))
     except KeyboardInterrupt:
@@ -76,22 +78,25 @@ def train_command(arguments: list[str]) -> int:
         return _refuse(_unknown("agent", name, AGENTS))
 
     # The defaults shown by --help and used where a flag is absent are the recipe of the environment.
+    field = re.sub(r"\W", "_", name)
+    options = functools.partial(Options, **AGENTS[name].run_options)
     recipe = AGENTS[name].recipe(_flag(rest, "env-id") or Options.env_id)
     command = dataclasses.make_dataclass(
         "Command",
         [
-            ("training", Options, dataclasses.field(default_factory=Options)),
-            (name, AGENTS[name].Config, dataclasses.field(default_factory=lambda: recipe)),
+            ("training", Options, dataclasses.field(default_factory=options)),
+            (field, AGENTS[name].Config, dataclasses.field(default_factory=lambda: recipe)),
             ("several", Seeds, dataclasses.field(default_factory=Seeds)),
         ],
     )
     command.__doc__ = f"Train {name} into a new run folder. Settings default to the recipe for --env-id."
     given: Any = _parse(command, f"foveal train {name}", rest)
+    config = getattr(given, field)
     if given.several.seeds > 1:
         last = dataclasses.replace(given.training, seed=given.training.seed + given.several.seeds - 1)
-        make_agent(name, last, getattr(given, name)).env.close()  # what cannot be taken is told once, here
+        make_agent(name, last, config).env.close()  # what cannot be taken is told once, here
         return train_seeds(name, rest, given.training, given.several.seeds, given.several.jobs)
-    run = train(name, given.training, getattr(given, name))
+    run = train(name, given.training, config)
     return 0 if run.summary["state"] == "finished" else 130
 
 
@@ -162,7 +167,7 @@ class Evaluate:
 def evaluate_command(arguments: list[str]) -> int:
     given = _parse(Evaluate, "foveal evaluate", arguments)
     _import(given.imports)
-    from ..agents import DQN, load
+    from ..agents import load
     from .evaluation import evaluate
     from .video import record
 
@@ -174,8 +179,10 @@ def evaluate_command(arguments: list[str]) -> int:
         agent, given.episodes, seed=given.seed, num_envs=given.num_envs, deterministic=given.deterministic
     )
     about = {"agent": agent.name, "env_id": agent.env_spec()["env_id"], "env_step": agent.env_step}
-    if not given.deterministic and isinstance(agent, DQN):
-        about["epsilon"] = agent.config.exploration_final
+    ours = getattr(agent.config, "exploration_final", None)
+    epsilon = getattr(agent.config, "exploration_final_eps", ours)
+    if not given.deterministic and epsilon is not None:
+        about["epsilon"] = epsilon
     if given.json:
         print(json.dumps(about | result))
     else:
@@ -215,7 +222,7 @@ def list_command(arguments: list[str]) -> int:
         if given.what in ("all", what):
             print(what)
             for name, thing in registry.items():
-                print(f"  {name:<10} {first_line(thing)}")
+                print(f"  {name:<16} {first_line(thing)}")
     if given.what == "environments" or given.contains:
         for env_id in list_env_ids():
             if given.contains.lower() in env_id.lower():

@@ -18,13 +18,13 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from ..agents import AGENTS, Agent, load, load_checkpoint, newest_first, save_checkpoint, sweep
+from ..agents import AGENTS, Agent, TabularAgent, load, load_checkpoint, newest_first, save_checkpoint, sweep
 from ..agents.agent import passes
 from ..agents.progress import progress as progress_display
-from ..envs import make_vec
+from ..envs import grid_map, make_vec
 from ..vision import find_weights, is_image, read_weights
 from .evaluation import evaluate, evaluation_row, random_policy_return, validation_seed
-from .plots import learning_curve
+from .plots import learning_curve, values_on_map
 from .run import Run, create_run, open_run, resume_run
 from .video import NoVideo, record
 
@@ -180,6 +180,11 @@ def resume(path: Path, total_steps: int | None, checkpoint: str | None, progress
     """
     run = open_run(path)
     path, stored = run.path, _options_of(run)
+    if not _is_resumable(run):
+        raise ValueError(
+            f"{path}: {run.config['agent']} runs cannot be resumed: Stable-Baselines3 keeps neither "
+            f"its replay nor its random state; to train on from the weights: {resume_command(run)}"
+        )
     options = replace(stored, progress=progress, total_steps=total_steps or stored.total_steps)
     checkpoints = newest_first(path / "checkpoints")
     chosen = next((folder for folder in checkpoints if checkpoint in (None, folder.name)), None)
@@ -198,6 +203,8 @@ def resume(path: Path, total_steps: int | None, checkpoint: str | None, progress
             f"{path} is finished: {agent.env_step:,} of {options.total_steps:,} steps; "
             "to train it further, give more --total-steps"
         )
+    if agent.converged and run.summary.get("state") == "finished":
+        raise ValueError(f"{path} is finished: it converged at {agent.env_step:,} steps")
     changed = options.total_steps != stored.total_steps
     if changed or not exact:
         run.rewind(agent.env_step)
@@ -242,11 +249,12 @@ def _train(run: Run, agent: Agent, options: Options) -> Run:
     show_progress = progress_display(options.total_steps, before, enabled=options.progress, label=label)
     with stop_signals() as stop, show_progress as show:
         for row in agent.training(options.total_steps, options.log_every):
-            now, end = row["env_step"], row["env_step"] >= options.total_steps
+            now, end = row["env_step"], row["env_step"] >= options.total_steps or agent.converged
             if options.eval_every and (passes(options.eval_every, before, now) or end):
                 result = evaluate(agent, options.eval_episodes, seed=validation_seed(options.seed))
                 row |= evaluation_row(result)
-                if result["eval/return_mean"] >= best:  # of equals the one that was trained for longer
+                # Of equals the one that was trained for longer, and what is exact whatever its luck.
+                if result["eval/return_mean"] >= best or agent.converged:
                     best = result["eval/return_mean"]
                     (checkpoints / "best").mkdir(exist_ok=True)
                     agent.save(checkpoints / "best" / "agent.safetensors")
@@ -278,7 +286,16 @@ def default_threads(space: spaces.Space) -> int:
     return (os.cpu_count() or 1) if any(is_image(part) for part in parts) else 1
 
 
+def _is_resumable(run: Run) -> bool:
+    agent = AGENTS.get(run.config["agent"])
+    return agent is None or agent.resumable
+
+
 def resume_command(run: Run) -> str:
+    """What goes on with a run: where it cannot be resumed, a new one from its weights."""
+    if not _is_resumable(run):
+        agent, env_id = run.config["agent"], shlex.quote(run.config["env_id"])
+        return f"foveal train {agent} --env-id {env_id} --init-from {shlex.quote(str(run.path))}"
     return f"foveal resume {shlex.quote(str(run.path))}{imports_of(run)}"
 
 
@@ -327,9 +344,15 @@ def _conclude(run: Run, agent: Agent, options: Options, wall_s: float) -> None:
         title=f"{agent.name} on {options.env_id}, seed {options.seed}",
         baseline=random_return,
         best=_validated(run, scored),
+        steps_are=agent.step_name,
     )
     run.image("plots/learning_curve", curve, env_step=agent.env_step)
     say(f"learning curve: {curve}")
+    if isinstance(scored, TabularAgent) and (rows := grid_map(scored.env_spec())):
+        picture = run.path / "plots" / "values.png"
+        values_on_map(scored.q, rows, picture, title=f"{agent.name} on {options.env_id}, seed {options.seed}")
+        run.image("plots/values", picture, env_step=scored.env_step)
+        say(f"values: {picture}")
     if options.video:
         try:
             film = record(scored, run.path / "videos" / "policy.mp4")

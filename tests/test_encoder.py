@@ -2,13 +2,28 @@
 
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
 from gymnasium import spaces
 
-from foveal.agents import DQN
-from foveal.vision import ENCODERS, default_encoder, make_encoder, space_from_json, space_to_json
+from foveal.agents import DQN, load
+from foveal.vision import (
+    ENCODERS,
+    MLP,
+    Impala,
+    MinAtarCNN,
+    NatureCNN,
+    NormMLP,
+    TanhMLP,
+    default_encoder,
+    describe_encoder,
+    load_encoder,
+    make_encoder,
+    space_from_json,
+    space_to_json,
+)
 from foveal.vision.weights import read_weights, write_weights
 
 build: Any = make_encoder  # attributes of the single encoders are looked at below
@@ -27,6 +42,12 @@ def parameters(module):
         ("nature", (4, 84, 84), 1_684_128, (64, 7, 7)),
         ("impala", (4, 84, 84), 1_089_232, (32, 11, 11)),
         ("impala", (3, 64, 64), 622_144, (32, 8, 8)),
+        # 4*9*16 + 16, and 8*8*16*128 + 128
+        ("minatar", (4, 10, 10), 592 + 131_200, (16, 8, 8)),
+        # and a scale and an offset a channel and a feature
+        ("minatar-norm", (4, 10, 10), 592 + 131_200 + 2 * (16 + 128), (16, 8, 8)),
+        ("nature-norm", (4, 84, 84), 1_684_128 + 2 * (32 + 64 + 64 + 512), (64, 7, 7)),
+        ("impala-norm", (4, 84, 84), 1_089_232 + 2 * (5 * (16 + 32 + 32) + 256), (32, 11, 11)),
     ],
 )
 def test_parameter_counts_and_maps(name, shape, count, feature_map):
@@ -35,6 +56,57 @@ def test_parameter_counts_and_maps(name, shape, count, feature_map):
     obs = torch.zeros(2, *shape, dtype=torch.uint8)
     assert encoder.feature_map(obs).shape == (2, *feature_map)
     assert encoder(obs).shape == (2, encoder.features_dim)
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("mlp", 3 * 256 + 256 + 256 * 256 + 256),
+        ("mlp-norm", 3 * 256 + 256 + 256 * 256 + 256 + 2 * (256 + 256)),
+        ("mlp-tanh", 3 * 64 + 64 + 64 * 64 + 64),
+    ],
+)
+def test_parameter_counts_of_vectors(name, count):
+    assert parameters(build(name, VECTOR)) == count
+
+
+def test_tanh_by_hand():
+    encoder = build("mlp-tanh", VECTOR)
+    assert encoder.features_dim == 64
+    obs = torch.randn(5, 3)
+    first, second = (layer for layer in encoder.layers if isinstance(layer, torch.nn.Linear))
+    expected = torch.tanh(second(torch.tanh(first(obs))))
+    torch.testing.assert_close(encoder(obs), expected)
+    assert expected.min() < 0, "no ReLU"
+
+
+@pytest.mark.parametrize(
+    ("name", "space"),
+    [("mlp-norm", VECTOR), ("nature-norm", IMAGE), ("impala-norm", PLANES), ("minatar-norm", PLANES)],
+)
+def test_layer_norm_takes_scale_and_offset_out_of_every_layer(name, space):
+    """What a layer normalises has mean 0 and variance 1 in each sample, whatever its weights' size."""
+    encoder = build(name, space)
+    norms = (torch.nn.LayerNorm, torch.nn.GroupNorm)
+    seen: list[Any] = []
+    for module in encoder.modules():
+        if isinstance(module, norms):
+            module.register_forward_hook(
+                lambda _module, _inputs, output: seen.append(output.detach().clone())
+            )
+    layers: list[Any] = [m for m in encoder.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
+    obs = torch.as_tensor(np.stack([space.sample() for _ in range(4)]))
+    features = encoder(obs)
+    assert len(seen) == len(layers) > 1, "one after every layer"
+    for output in seen:
+        samples = output.flatten(1)
+        torch.testing.assert_close(samples.mean(1), torch.zeros(4), rtol=0, atol=1e-4)
+        torch.testing.assert_close(samples.var(1, correction=0), torch.ones(4), rtol=0, atol=0.02)
+    assert features.min() == 0, "normalised before the ReLU, not after it"
+    with torch.no_grad():
+        layers[-1].weight.mul_(50.0)
+        layers[-1].bias.mul_(50.0)
+    torch.testing.assert_close(encoder(obs), features, rtol=0, atol=0.02)
 
 
 def test_nature_layer_shapes():
@@ -103,6 +175,26 @@ def test_dict_concatenates_one_encoder_a_key():
     torch.testing.assert_close(features[:, 512:], encoder.parts[1](obs["speed"]))
 
 
+BOTH = spaces.Dict({"camera": IMAGE, "speed": VECTOR, "wheel": spaces.Discrete(3)})
+
+
+@pytest.mark.parametrize(
+    ("name", "space", "kinds"),
+    [
+        ("nature", BOTH, [NatureCNN, MLP, MLP]),
+        ("nature+mlp-tanh", BOTH, [NatureCNN, TanhMLP, TanhMLP]),
+        ("impala+auto", BOTH, [Impala, MLP, MLP]),
+        ("auto+mlp-norm", BOTH, [NatureCNN, NormMLP, NormMLP]),
+        ("mlp-tanh", spaces.Dict({"speed": VECTOR, "wheel": spaces.Discrete(3)}), [TanhMLP, TanhMLP]),
+        ("auto", spaces.Dict({"speed": VECTOR}), [MLP]),
+    ],
+)
+def test_dict_names_images_and_vectors(name, space, kinds):
+    encoder = build(name, space)
+    assert [type(part) for part in encoder.parts] == kinds
+    assert encoder.keys == list(space.spaces)
+
+
 @pytest.mark.parametrize(("space", "name"), [(VECTOR, "mlp"), (IMAGE, "nature"), (PLANES, "impala")])
 def test_default_encoder(space, name):
     assert default_encoder(space) == name
@@ -116,6 +208,12 @@ def test_default_encoder(space, name):
         ("nature", VECTOR, "NatureCNN takes images"),
         ("nature", PLANES, "36x36 pixels or more, got 10x10"),
         ("no_such_module:Thing", IMAGE, "cannot be imported"),
+        ("minatar", VECTOR, "MinAtarCNN takes images"),
+        ("minatar", spaces.Box(0, 1, (1, 2, 5), np.uint8), "3x3 pixels or more, got 2x5"),
+        ("nature+mlp-tanh", IMAGE, r"'nature\+mlp-tanh': IMAGES\+VECTORS takes Dict observations, not Box"),
+        ("nature+mlp-tan", BOTH, "unknown encoder 'mlp-tan'; nearest: mlp-tanh"),
+        ("mlp-tanh+nature", BOTH, "NatureCNN takes images"),
+        ("nature", spaces.Dict({"speed": VECTOR}), "NatureCNN takes images"),
     ],
 )
 def test_bad_encoders_are_refused_in_one_line(name, space, message):
@@ -155,6 +253,33 @@ def test_encoder_of_a_trained_agent_loads_and_other_specs_are_refused(tmp_path):
     assert second.describe()["encoder"]["name"] == "mlp"
 
 
+class WithDict(gym.Env):
+    observation_space = spaces.Dict({"board": PLANES, "speed": VECTOR})
+    action_space = spaces.Discrete(2)
+
+
+gym.register("test/WithDict-v0", lambda **kwargs: WithDict(**kwargs))
+
+
+def test_both_encoders_of_a_dict_round_trip_through_a_file(tmp_path):
+    agent: Any = DQN("test/WithDict-v0", encoder="minatar+mlp-tanh", seed=3)
+    path = agent.save(tmp_path / "agent.safetensors")
+    again: Any = load(path)
+    assert again.describe()["encoder"]["name"] == "minatar+mlp-tanh"
+    encoder: Any = load_encoder(path, agent.observation_space)
+    assert [type(part) for part in encoder.parts] == [MinAtarCNN, TanhMLP]
+    for name, tensor in agent.network.encoder.state_dict().items():
+        assert torch.equal(encoder.state_dict()[name], tensor)
+        assert torch.equal(again.network.encoder.state_dict()[name], tensor)
+    # A part that came from a file keeps its architecture's name, beside the name of the other.
+    vectors: Any = DQN("CartPole-v1", encoder="mlp-tanh", seed=4)
+    file = vectors.save(tmp_path / "vectors+more.safetensors")
+    four = spaces.Dict({"board": PLANES, "speed": vectors.observation_space})
+    mixed = build(f"auto+{file}", four)
+    assert torch.equal(mixed.parts[1].layers[1].weight, vectors.network.encoder.layers[1].weight)
+    assert describe_encoder(f"auto+{file}", mixed, four)["name"] == "auto+mlp-tanh"
+
+
 def test_cut_weights_file_is_refused_by_name(tmp_path):
     path = tmp_path / "weights.safetensors"
     write_weights(path, {"a": torch.ones(100)}, {})
@@ -190,6 +315,16 @@ class TestInsideStableBaselines3:
             ("PPO", "nature", {"n_steps": 16, "batch_size": 8, "n_epochs": 1}),
             ("DQN", "impala", {"learning_starts": 8, "train_freq": 4, "batch_size": 8, "buffer_size": 100}),
             ("PPO", "impala", {"n_steps": 16, "batch_size": 8, "n_epochs": 1}),
+            ("PPO", "mlp-tanh", {"n_steps": 16, "batch_size": 8, "n_epochs": 1}),
+            ("DQN", "mlp-norm", {"learning_starts": 8, "train_freq": 4, "batch_size": 8}),
+            ("PPO", "minatar", {"n_steps": 16, "batch_size": 8, "n_epochs": 1}),
+            (
+                "DQN",
+                "nature-norm",
+                {"learning_starts": 8, "train_freq": 4, "batch_size": 8, "buffer_size": 100},
+            ),
+            ("PPO", "impala-norm", {"n_steps": 16, "batch_size": 8, "n_epochs": 1}),
+            ("PPO", "minatar-norm", {"n_steps": 16, "batch_size": 8, "n_epochs": 1}),
         ],
     )
     def test_trains(self, algorithm, name, settings):
@@ -197,12 +332,12 @@ class TestInsideStableBaselines3:
         from stable_baselines3.common.envs import FakeImageEnv
 
         env: object = "CartPole-v1"
-        if name != "mlp":
+        if not name.startswith("mlp"):
             env = FakeImageEnv(
                 screen_height=40, screen_width=40, n_channels=3, discrete=True, channel_first=True
             )
         model = getattr(sb3, algorithm)(
-            "MlpPolicy" if name == "mlp" else "CnnPolicy",
+            "MlpPolicy" if name.startswith("mlp") else "CnnPolicy",
             env,
             policy_kwargs={"features_extractor_class": ENCODERS[name], "normalize_images": False},
             device="cpu",

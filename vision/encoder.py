@@ -96,8 +96,6 @@ class DictEncoder(Encoder):
         super().__init__(observation_space, sum(part.features_dim for part in parts.values()))
         self.keys = list(parts)
         self.parts = nn.ModuleList(parts.values())  # a ModuleDict would not take every key
-        # Where parts came from a file, it is built again under the name that the file gave them.
-        self.loaded_as = next((part.loaded_as for part in parts.values() if part.loaded_as), None)
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:  # type: ignore[override]
         return torch.cat([part(obs[key]) for key, part in zip(self.keys, self.parts)], dim=1)
@@ -109,6 +107,9 @@ class MLP(Encoder):
     `hidden` are the widths before the last layer, whose width is `features_dim`.
     """
 
+    layer_norm = False
+    """LayerNorm between each layer and its ReLU."""
+
     def __init__(
         self, observation_space: spaces.Space, features_dim: int = 256, hidden: tuple[int, ...] = (256,)
     ):
@@ -116,11 +117,33 @@ class MLP(Encoder):
         widths = [flat_size(observation_space), *hidden, features_dim]
         layers: list[nn.Module] = [nn.Flatten()]
         for inputs, outputs in itertools.pairwise(widths):
-            layers += [nn.Linear(inputs, outputs), nn.ReLU(inplace=True)]
+            norm = [nn.LayerNorm(outputs)] if self.layer_norm else []
+            layers += [nn.Linear(inputs, outputs), *norm, self.activation()]
         self.layers = nn.Sequential(*layers)
+
+    def activation(self) -> nn.Module:
+        return nn.ReLU(inplace=True)
 
     def features(self, x: Tensor) -> Tensor:
         return self.layers(x)
+
+
+class TanhMLP(MLP):
+    """Two fully connected layers of 64 with tanh, the usual network of policy gradients on vectors."""
+
+    def __init__(
+        self, observation_space: spaces.Space, features_dim: int = 64, hidden: tuple[int, ...] = (64,)
+    ):
+        super().__init__(observation_space, features_dim, hidden)
+
+    def activation(self) -> nn.Module:
+        return nn.Tanh()
+
+
+class NormMLP(MLP):
+    """The mlp with LayerNorm before each ReLU, as PQN needs it (2407.04811)."""
+
+    layer_norm = True
 
 
 class ImageEncoder(Encoder):
@@ -128,6 +151,9 @@ class ImageEncoder(Encoder):
 
     smallest = 1
     """Smallest height and width that the convolutions take, in pixels."""
+    layer_norm = False
+    """Normalisation after each convolution and linear layer: a whole map (C, h, w) of one image to mean 0 and
+    variance 1, then a scale and an offset a channel."""
 
     def __init__(self, observation_space: spaces.Space, features_dim: int):
         super().__init__(observation_space, features_dim)
@@ -142,7 +168,12 @@ class ImageEncoder(Encoder):
         self.conv = self.convolutions(channels)
         with torch.no_grad():
             flat = self.conv(torch.zeros(1, channels, height, width)).numel()
-        self.head = nn.Sequential(nn.Flatten(), nn.Linear(flat, features_dim), nn.ReLU())
+        norm = [nn.LayerNorm(features_dim)] if self.layer_norm else []
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(flat, features_dim), *norm, nn.ReLU())
+
+    def norm(self, channels: int) -> list[nn.Module]:
+        """What comes after a convolution; one group of all channels is layer normalisation."""
+        return [nn.GroupNorm(1, channels)] if self.layer_norm else []
 
     def convolutions(self, channels: int) -> nn.Sequential:
         """(B, channels, H, W) -> (B, C, h, w)."""
@@ -170,24 +201,56 @@ class NatureCNN(ImageEncoder):
     def convolutions(self, channels: int) -> nn.Sequential:
         return nn.Sequential(
             nn.Conv2d(channels, 32, kernel_size=8, stride=4),
+            *self.norm(32),
             nn.ReLU(),
             nn.Conv2d(32, 64, kernel_size=4, stride=2),
+            *self.norm(64),
             nn.ReLU(),
             nn.Conv2d(64, 64, kernel_size=3, stride=1),
+            *self.norm(64),
             nn.ReLU(),
         )
 
 
-class ResidualBlock(nn.Module):
-    """x + conv(relu(conv(relu(x)))), 3x3, same size."""
+class NormNatureCNN(NatureCNN):
+    """The nature network with layer normalisation before each ReLU, as in PQN (2407.04811)."""
 
-    def __init__(self, channels: int):
+    layer_norm = True
+
+
+class MinAtarCNN(ImageEncoder):
+    """The network of MinAtar (Young and Tian 2019, 1903.03176): one 3x3 convolution, then 128 features.
+
+    On 10x10x4: 8x8x16, then 128 features; 131,792 parameters.
+    """
+
+    smallest = 3
+
+    def __init__(self, observation_space: spaces.Space, features_dim: int = 128):
+        super().__init__(observation_space, features_dim)
+
+    def convolutions(self, channels: int) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(channels, 16, kernel_size=3), *self.norm(16), nn.ReLU())
+
+
+class NormMinAtarCNN(MinAtarCNN):
+    """The minatar network with layer normalisation before each ReLU, as in PQN (2407.04811)."""
+
+    layer_norm = True
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(relu(conv(relu(x)))), 3x3, same size; layer normalisation after each convolution if wanted."""
+
+    def __init__(self, channels: int, layer_norm: bool):
         super().__init__()
         self.conv1 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
         self.conv2 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
+        self.norm1 = nn.GroupNorm(1, channels) if layer_norm else nn.Identity()
+        self.norm2 = nn.GroupNorm(1, channels) if layer_norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv2(torch.relu(self.conv1(torch.relu(x))))
+        return x + self.norm2(self.conv2(torch.relu(self.norm1(self.conv1(torch.relu(x))))))
 
 
 class Impala(ImageEncoder):
@@ -213,14 +276,31 @@ class Impala(ImageEncoder):
         for inputs, outputs in zip((channels, *self.channels), self.channels):
             layers += [
                 nn.Conv2d(inputs, outputs, kernel_size=3, padding=1),
+                *self.norm(outputs),
                 nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
-                ResidualBlock(outputs),
-                ResidualBlock(outputs),
+                ResidualBlock(outputs, self.layer_norm),
+                ResidualBlock(outputs, self.layer_norm),
             ]
         return nn.Sequential(*layers, nn.ReLU())
 
 
-ENCODERS: dict[str, Callable[..., Encoder]] = {"mlp": MLP, "nature": NatureCNN, "impala": Impala}
+class NormImpala(Impala):
+    """The impala network with layer normalisation after each layer."""
+
+    layer_norm = True
+
+
+ENCODERS: dict[str, Callable[..., Encoder]] = {
+    "mlp": MLP,
+    "mlp-tanh": TanhMLP,
+    "mlp-norm": NormMLP,
+    "nature": NatureCNN,
+    "nature-norm": NormNatureCNN,
+    "impala": Impala,
+    "impala-norm": NormImpala,
+    "minatar": MinAtarCNN,
+    "minatar-norm": NormMinAtarCNN,
+}
 
 
 def default_encoder(space: spaces.Space) -> str:
@@ -236,16 +316,15 @@ def make_encoder(name: str, observation_space: spaces.Space, **kwargs: Any) -> E
     `name` is a key of `ENCODERS`, `auto` for the default of the space, `module:Class` for one of your own
     (anything with the Encoder's constructor and a `features_dim`), or the path of a trained run or weights
     file, whose encoder is then loaded. For a Dict space the name goes to the images in it and every other
-    key gets an mlp.
+    key gets an mlp, or `IMAGES+VECTORS` names both, such as `nature+mlp-tanh`; where the space has no images,
+    a single name goes to every key.
 
     Raises ValueError for an unknown name, with the nearest ones, and for weights of another spec.
     """
     if isinstance(observation_space, spaces.Dict):
-
-        def build(space: spaces.Space) -> Encoder:
-            return make_encoder(name if is_image(space) else "mlp", space, **kwargs)
-
-        return DictEncoder(observation_space, build)
+        return _make_dict_encoder(name, observation_space, **kwargs)
+    if "+" in name and not Path(name).exists():
+        raise ValueError(f"encoder {name!r}: IMAGES+VECTORS takes Dict observations, not {observation_space}")
     if name == "auto":
         name = default_encoder(observation_space)
     if name in ENCODERS:
@@ -259,6 +338,28 @@ def make_encoder(name: str, observation_space: spaces.Space, **kwargs: Any) -> E
         f"unknown encoder {name!r}; nearest: {', '.join(near)} "
         "(or module:Class, or the path of a trained run)"
     )
+
+
+def _make_dict_encoder(name: str, observation_space: spaces.Dict, **kwargs: Any) -> DictEncoder:
+    if "+" in name and not Path(name).exists():
+        images, _, vectors = name.partition("+")
+    elif any(is_image(space) for space in observation_space.values()):
+        images, vectors = name, "mlp"
+    else:
+        images = vectors = name
+
+    def build(space: spaces.Space) -> Encoder:
+        return make_encoder(images if is_image(space) else vectors, space, **kwargs)
+
+    encoder = DictEncoder(observation_space, build)
+    # Where parts came from a file, it is built again under the names that the file gave them.
+    loaded: dict[bool, str] = {}
+    for space, part in zip(observation_space.values(), encoder.parts):
+        if part.loaded_as is not None:
+            loaded[is_image(space)] = str(part.loaded_as)
+    if loaded:
+        encoder.loaded_as = f"{loaded.get(True, images)}+{loaded.get(False, vectors)}"
+    return encoder
 
 
 def describe_encoder(name: str | None, encoder: nn.Module, observation_space: spaces.Space) -> dict[str, Any]:
@@ -282,7 +383,8 @@ def load_encoder(path: Path, observation_space: spaces.Space) -> Encoder:
         raise ValueError(f"{path} holds no encoder") from error
     if not isinstance(name, str):
         raise ValueError(f"{path} was trained with an encoder object of its own, which no name builds again")
-    refuse_imports(name, path)
+    for part in name.split("+"):
+        refuse_imports(part, path)
     wanted = {"input": space_to_json(observation_space), "features_dim": stored["features_dim"]}
     if stored != wanted:
         raise ValueError(
