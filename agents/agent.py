@@ -374,7 +374,8 @@ def to_tensors(obs: Any, space: spaces.Space, device: torch.device, add_batch: b
     """numpy observations -> tensors on the device, images still uint8; a dict of them for a Dict space."""
     if isinstance(space, spaces.Dict):
         return {key: to_tensors(obs[key], part, device, add_batch) for key, part in space.items()}
-    tensor = torch.as_tensor(np.ascontiguousarray(obs).reshape(np.shape(obs)), device=device)
+    # from_numpy and a move are several times as fast as as_tensor with a device.
+    tensor = torch.from_numpy(np.ascontiguousarray(obs).reshape(np.shape(obs))).to(device)
     return tensor.unsqueeze(0) if add_batch else tensor
 
 

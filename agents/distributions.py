@@ -88,8 +88,9 @@ class Categorical:
 
     def log_prob_entropy(self, params: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         log_p = params.log_softmax(-1)
-        chosen = log_p.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
-        return chosen, -(log_p.exp() * log_p).sum(-1)
+        # A gather, whose gradient is one kernel here and four there.
+        nll = F.nll_loss(log_p.flatten(0, -2), actions.flatten(), reduction="none")
+        return -nll.view(actions.shape), -(log_p.exp() * log_p).sum(-1)
 
     def to_env(self, actions: Tensor) -> np.ndarray:
         return actions.numpy(force=True) + self.start

@@ -42,8 +42,10 @@ from .optimization import (
     compile_or_eager,
     flatten_parameters,
     keep_freed_memory,
+    set_training,
     take_gradient,
     views_of,
+    with_modes,
 )
 from .replay import Replay
 
@@ -279,6 +281,7 @@ class DQN(Agent):
         self.buffer_device = resolve_device(self.config.buffer_device)
         self.network.eval()
         self.target.eval()
+        self.modal = with_modes(self.network)
 
     def training(self, total_steps: int, log_every: int = 1000) -> Iterator[Row]:
         config, env = self.config, self.env
@@ -364,7 +367,7 @@ class DQN(Agent):
             return tensor.flatten(0, 1)  # (steps, B, ...) -> (steps * B, ...)
 
         loss_sum = torch.zeros((), device=self.device)
-        network.train()  # dropout and the like belong to the loss alone
+        set_training(self.modal, True)  # dropout and the like belong to the loss alone
         # Sample many batches at once, so that what does not depend on the weights being learned, above all
         # the target network's values, costs one call for all of them; fewer where observations are large.
         at_once = min(2048, 2**22 // spaces.flatdim(self.observation_space)) // config.batch_size
@@ -385,7 +388,7 @@ class DQN(Agent):
                 adam_step(self.weights, self.gradient, self.adam, learning_rate, config.adam_eps)
                 loss_sum += loss.detach()
             self.grad_step += shape[0]
-        network.eval()
+        set_training(self.modal, False)
         return loss_sum
 
     def update_target(self) -> None:

@@ -29,7 +29,8 @@ class Moments(nn.Module):
 
     @torch.no_grad()
     def update(self, batch: Tensor) -> None:
-        """Take in rows (B, *shape). The moments of two sets from those of each (Chan et al. 1979, eq. 2.1)."""
+        """Take in rows (B, *shape). The moments of two sets from those of each (Chan et al. 1979, eq.
+        2.1)."""
         batch = batch.double()
         count = self.count + len(batch)
         delta = batch.mean(0) - self.mean
@@ -80,7 +81,8 @@ class ObservationNormalizer(nn.Module):
 
 
 class RewardScaler:
-    """Divides rewards by the standard deviation of the running discounted return (as Gymnasium's NormalizeReward).
+    """Divides rewards by the standard deviation of the running discounted return (as Gymnasium's
+    NormalizeReward).
 
     The sign and the zero of rewards stay; what comes out is cut to +-CLIP.
     """

@@ -5,7 +5,7 @@ Each of them adds its loss, its update and its training loop, in a file of its o
 
 import copy
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from ..envs import VectorEnv
 from ..vision import ENCODERS, is_image, make_encoder
-from .agent import Agent, Row, UnmadeEnv, map_tensors, random_streams, to_tensors
+from .agent import Agent, Row, UnmadeEnv, check_finite, map_tensors, random_streams, to_tensors
 from .distributions import make_distribution
 from .normalization import RewardScaler
-from .optimization import flatten_parameters, keep_freed_memory, views_of
+from .optimization import flatten_parameters, keep_freed_memory, views_of, with_modes
 from .policy import ActorCritic, orthogonal
 
 
@@ -53,7 +53,8 @@ class PolicyConfig:
     log_std_init: float = 0.0
     """Box actions: log of the standard deviations at the start."""
     normalize_observations: bool = False
-    """Vectors of floats to mean 0 and variance 1. The first rollout is not learned from: it sets the statistics."""
+    """Vectors of floats to mean 0 and variance 1. The first rollout is not learned from: it sets the
+    statistics."""
     normalize_rewards: bool = False
     """Rewards, as learning sees them, over the standard deviation of the running discounted return."""
 
@@ -156,6 +157,7 @@ class OnPolicyAgent(Agent):
         self.episodes: list[Any] = []
         """Finished since the last row of metrics."""
         self.network.eval()
+        self.modal = with_modes(self.network)
 
     def start(self) -> None:
         if self.obs is None:
@@ -204,18 +206,18 @@ class OnPolicyAgent(Agent):
         self.env_step += len(actions) * env.num_envs
         self.hidden = self.hidden.clone()  # of inference mode no more: the next rollout's loss may save it
 
-        reward, ends = torch.from_numpy(np.stack(rewards)), np.stack([terminated, truncated])
+        reward, ends = torch.from_numpy(np.array(rewards)), np.array([terminated, truncated])
         if self.config.normalize_rewards:
             reward = self.reward_scaler(reward, torch.from_numpy(ends.any(0)))
         final = None
         if final_at:
             at = torch.as_tensor(np.array(final_at).T, device=self.device)
             final = (at[0], at[1], map_tensors(lambda part: part.to(self.device), stack(final_obs)))
-        both = torch.as_tensor(ends, device=self.device)
+        both = torch.from_numpy(ends).to(self.device)
         return Rollout(
             obs=stack(obs),
             state=state,
-            starts=torch.as_tensor(np.stack(starts), device=self.device),
+            starts=torch.from_numpy(np.array(starts)).to(self.device),
             actions=torch.stack(actions),
             rewards=reward.to(self.device),
             terminated=both[0],
@@ -224,7 +226,8 @@ class OnPolicyAgent(Agent):
         )
 
     def next_values(self, rollout: Rollout, values: Tensor, states: Tensor) -> Tensor:
-        """Values of the true successors (T, N), from the network's values (T + 1, N) and states (T + 1, N, S).
+        """Values of the true successors (T, N), from the network's values (T + 1, N) and states (T + 1, N,
+        S).
 
         At a truncation the true final observation is valued, from the state in which it was met. A step that
         terminated has no successor: what stands there is not used.
@@ -238,6 +241,11 @@ class OnPolicyAgent(Agent):
                     one, states[t, n], torch.zeros_like(t, dtype=torch.bool)[None]
                 )[1][0]
         return following
+
+    def check(self, losses: Mapping[str, float]) -> None:
+        """FloatingPointError where a loss, or a weight after the step, is not finite: never to be saved."""
+        weights = self.weights.detach().sum()  # one NaN or infinity makes it so
+        check_finite({**losses, "sum of weights": weights}, self.env_step, self.grad_step)
 
     def observe(self, rollout: Rollout) -> None:
         """Let a rollout change the statistics of observations; not before it has been learned from."""

@@ -43,8 +43,8 @@ class ActorCritic(nn.Module):
             features = recurrent_size
         self.policy_head = nn.Linear(features, distribution.num_logits)
         self.value_head = nn.Linear(features, 1)
-        # Small weights make the first policy nearly uniform, whatever the observation (Andrychowicz et al. 2020,
-        # 2006.05990, section 3.2); biases start at zero.
+        # Small weights make the first policy nearly uniform, whatever the observation (Andrychowicz et al.
+        # 2020, 2006.05990, section 3.2); biases start at zero.
         for head, gain in ((self.policy_head, 0.01), (self.value_head, 1.0)):
             nn.init.orthogonal_(head.weight, gain)
             nn.init.zeros_(head.bias)
@@ -55,8 +55,9 @@ class ActorCritic(nn.Module):
         self.state_size = sum(core.state_size for core in cores)
 
     def forward(self, obs: Any, state: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Whole sequences: obs (T, N, ...), state (N, S) before them, starts (T, N) bool, True where a step is the
-        first of an episode -> parameters (T, N, P), values (T, N), states after each step (T, N, S)."""
+        """Whole sequences: obs (T, N, ...), state (N, S) before them, starts (T, N) bool, True where a step
+        is the first of an episode -> parameters (T, N, P), values (T, N), states after each step (T, N,
+        S)."""
         shape = starts.shape
         obs = map_tensors(lambda x: x.flatten(0, 1), obs)
         if self.normalizer is not None:

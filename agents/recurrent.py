@@ -1,4 +1,5 @@
-"""Recurrent cores of plain matrix products, which torch.func can stack over seeds (nn.LSTM and nn.GRU it refuses).
+"""Recurrent cores of plain matrix products, which torch.func can stack over seeds (nn.LSTM and nn.GRU it
+refuses).
 
 A state is one tensor (N, S), zeros at the start of an episode.
 """
@@ -36,7 +37,8 @@ class LSTM(nn.Module):
 
 
 class GRU(nn.Module):
-    """Gated recurrent unit (Cho et al. 2014, 1406.1078), with the gates of torch.nn.GRU in its order; S = `size`."""
+    """Gated recurrent unit (Cho et al. 2014, 1406.1078), with the gates of torch.nn.GRU in its order; S =
+    `size`."""
 
     def __init__(self, inputs: int, size: int):
         super().__init__()
@@ -64,8 +66,8 @@ CORES: dict[str, type[LSTM] | type[GRU]] = {"lstm": LSTM, "gru": GRU}
 
 
 def unroll(core: LSTM | GRU, x: Tensor, state: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-    """Run a core over time: x (T, N, inputs), state (N, S) before the first step, starts (T, N) bool, True where
-    a step is the first of an episode and the state before it is forgotten.
+    """Run a core over time: x (T, N, inputs), state (N, S) before the first step, starts (T, N) bool, True
+    where a step is the first of an episode and the state before it is forgotten.
 
     Returns outputs (T, N, size) and the states after each step (T, N, S).
     """

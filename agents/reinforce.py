@@ -1,9 +1,9 @@
-"""REINFORCE: "Simple statistical gradient-following algorithms for connectionist reinforcement learning" (Williams
-1992), with causality (an action answers for the rewards that follow it) and a choice of baselines.
+"""REINFORCE: "Simple statistical gradient-following algorithms for connectionist reinforcement learning"
+(Williams 1992), with causality (an action answers for the rewards that follow it) and a choice of baselines.
 
-An update takes one whole episode of every environment, all begun together and played by the same policy, so that
-the gradient is that of the expected return, without bias. Where an environment waits for the longest episode, its
-steps are taken, counted, and not learned from.
+An update takes one whole episode of every environment, all begun together and played by the same policy, so
+that the gradient is that of the expected return, without bias. Where an environment waits for the longest
+episode, its steps are taken, counted, and not learned from.
 """
 
 import fnmatch
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..envs import VectorEnv
-from .agent import Row, UnmadeEnv, check_finite, passes
+from .agent import Row, UnmadeEnv, passes
 from .distributions import Distribution
 from .on_policy import OnPolicyAgent, PolicyConfig, Report, Rollout
-from .optimization import adam_state, adam_step, clip_norm, linear, take_gradient
+from .optimization import adam_state, adam_step, clip_norm, linear, set_training, take_gradient
 from .returns import discounted_returns
 
 
@@ -37,8 +37,8 @@ class REINFORCEConfig(PolicyConfig):
     average_decay: float = 0.9
     """Weight of the past in the moving average, an update, in [0, 1)."""
     discount_gradient: bool = False
-    """Weigh step t by gamma^t, as the gradient of the discounted return does (Sutton and Barto 2018, section 13.3).
-    Practice leaves it out, so that late steps are learned from too."""
+    """Weigh step t by gamma^t, as the gradient of the discounted return does (Sutton and Barto 2018, section
+    13.3). Practice leaves it out, so that late steps are learned from too."""
     max_grad_norm: float = 10.0
     """L2 norm that gradients are clipped to. They are sums over an episode."""
     adam_eps: float = 1e-8
@@ -80,9 +80,10 @@ def reinforce_loss(
 ) -> tuple[Tensor, Tensor]:
     """The loss, a scalar, and `LOSSES` (3,), for N episodes of up to T steps.
 
-    Parameters (T, N, P) and values (T, N) carry gradients; actions (T, N, ...), returns and baseline (T, N) do
-    not. `weights` (T, N) are 0 after an episode's end; else 1, or gamma^t. The gradient of the policy's part is
-    an unbiased estimate of minus that of the expected return: a sum over steps, a mean over episodes.
+    Parameters (T, N, P) and values (T, N) carry gradients; actions (T, N, ...), returns and baseline (T, N)
+    do not. `weights` (T, N) are 0 after an episode's end; else 1, or gamma^t. The gradient of the policy's
+    part is an unbiased estimate of minus that of the expected return: a sum over steps, a mean over
+    episodes.
     """
     episodes, played = weights.shape[1], (weights > 0).to(weights.dtype)
     log_prob, entropy = distribution.log_prob_entropy(params, actions)
@@ -98,8 +99,8 @@ def reinforce_loss(
 class REINFORCE(OnPolicyAgent):
     """Monte Carlo policy gradient, with no, an average or a learned baseline.
 
-    Takes Discrete, MultiDiscrete, MultiBinary and Box actions, any observations an encoder takes, and environments
-    whose episodes end.
+    Takes Discrete, MultiDiscrete, MultiBinary and Box actions, any observations an encoder takes, and
+    environments whose episodes end.
 
     >>> from foveal.agents import REINFORCE
     >>> agent = REINFORCE("CartPole-v1", seed=1).learn(400, progress=False)
@@ -137,7 +138,7 @@ class REINFORCE(OnPolicyAgent):
             losses = self.update(rollout, rate)
             self.observe(rollout)
             report.add(losses)
-            check_finite(dict(zip(LOSSES, losses.tolist())), self.env_step, self.grad_step)
+            self.check(dict(zip(LOSSES, losses.tolist())))
             if passes(log_every, before, self.env_step) or self.env_step >= total_steps:
                 yield report.row(**{"train/learning_rate": rate})
                 report.restart()
@@ -150,13 +151,13 @@ class REINFORCE(OnPolicyAgent):
 
     def update(self, rollout: Rollout, learning_rate: float) -> Tensor:
         """One gradient step on whole episodes; `LOSSES` (3,)."""
-        self.network.train()  # dropout and the like belong to the loss alone
+        set_training(self.modal, True)  # dropout and the like belong to the loss alone
         loss, losses = self.loss(rollout)
         take_gradient(loss, self.parameters, self.gradients)
         clip_norm(self.gradient, self.config.max_grad_norm)
         adam_step(self.weights, self.gradient, self.adam, learning_rate, self.config.adam_eps)
         self.grad_step += 1
-        self.network.eval()
+        set_training(self.modal, False)
         return losses
 
     def loss(self, rollout: Rollout) -> tuple[Tensor, Tensor]:

@@ -456,11 +456,15 @@ def _recipe(config: type, recipes: Mapping[str, Mapping[str, Any]]) -> Callable[
     return recipe
 
 
-POLICY_ARGUMENTS = set(
-    "net_arch log_std_init ortho_init lstm_hidden_size enable_critic_lstm n_quantiles".split()
-)
+POLICY_ARGUMENTS = {
+    *("net_arch", "log_std_init", "ortho_init"),
+    *("lstm_hidden_size", "enable_critic_lstm", "n_quantiles"),
+}
 """Settings that Stable-Baselines3 takes as policy_kwargs, where they are not None."""
-OUR_ARGUMENTS = set("num_envs activation normalize rms_prop_tf learning_rate_final clip_range_final".split())
+OUR_ARGUMENTS = {
+    *("num_envs", "activation", "normalize", "rms_prop_tf"),
+    *("learning_rate_final", "clip_range_final"),
+}
 """Settings that are not its own."""
 
 LOSSES = ("policy_loss", "value_loss", "entropy", "q_loss")
@@ -533,7 +537,9 @@ class SB3Agent(Agent):
                 f"dict of these; {env_id} has {_line(space)}"
             )
         if self.config.normalize and not _vectors(space):
-            raise ValueError(f"normalize takes observations that are vectors of floats; {env_id} has {_line(space)}")
+            raise ValueError(
+                f"normalize takes observations that are vectors of floats; {env_id} has {_line(space)}"
+            )
         if getattr(self.config, "use_sde", False) and not isinstance(self.action_space, spaces.Box):
             raise ValueError(f"use_sde takes Box actions; {env_id} has {_line(actions)}")
 
@@ -608,8 +614,8 @@ class SB3Agent(Agent):
         if encoder == "sb3":
             return kwargs
         kwargs |= {"features_extractor_class": _extractor(encoder), "normalize_images": False, "net_arch": []}
-        # Orthogonal initialisation would overwrite an encoder that comes trained. One is made here only to see
-        # whether it does, and to refuse a name that is none.
+        # Orthogonal initialisation would overwrite an encoder that comes trained. One is made here only to
+        # see whether it does, and to refuse a name that is none.
         probe = make_encoder(encoder, self.observation_space) if isinstance(encoder, str) else encoder
         if "ortho_init" in kwargs and (probe is encoder or getattr(probe, "loaded_as", None) is not None):
             kwargs["ortho_init"] = False

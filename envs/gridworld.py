@@ -167,6 +167,12 @@ class GridWorld(gym.Env):
     def _background(self) -> np.ndarray:
         colors = np.array([[COLORS[kind] for kind in row] for row in self.layout], np.uint8)
         picture = colors.repeat(CELL, axis=0).repeat(CELL, axis=1)
+        x = np.abs(np.arange(CELL) - (CELL - 1) / 2) / CELL
+        y = x[:, None]
+        signs = {"G": x + y < 0.24, "P": (np.abs(x - y) < 0.07) & (x + y < 0.44)}  # a diamond, a cross
+        for row, column in self.cells[self.terminal]:
+            cell = picture[row * CELL : (row + 1) * CELL, column * CELL : (column + 1) * CELL]
+            cell[signs[self.layout[row][column]]] = (255, 255, 255)
         for line in (picture[::CELL], picture[:, ::CELL]):
             line[:] = (200, 204, 208)
         return picture

@@ -112,7 +112,7 @@ def _from_dictionary(env_id: str, table: Any, start: Any, shape: tuple[int, int]
     if (ends & goes_on).any():
         state = int(np.argmax(ends & goes_on))
         raise ValueError(f"planning takes states that are terminal or not; state {state} of {env_id} is both")
-    for state in np.flatnonzero(~ends):
+    for state in map(int, np.flatnonzero(~ends)):
         for action in range(actions):
             for probability, successor, reward, _ in table[state][action]:
                 P[state, action, successor] += probability

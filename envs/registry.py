@@ -21,6 +21,7 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 
 gym.register("foveal/GridWorld-v0", "foveal.envs.gridworld:GridWorld", max_episode_steps=100)
+gym.register("foveal/MaskedCartPole-v0", "foveal.envs.masked:MaskedCartPole", max_episode_steps=500)
 
 NAMESPACES = {"ALE": ("ale_py", "atari"), "MinAtar": ("minatar.gym", "minatar")}
 """Namespace -> (the module that registers its environments, foveal's extra that installs it)."""

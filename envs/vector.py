@@ -277,8 +277,7 @@ class VectorEnv:
         self._log(actions)
         next_obs, rewards, terminated, truncated, over = self._backend.step(actions)
         _check_finite("reward", rewards, self.env_id)
-        for obs in next_obs.values() if isinstance(next_obs, dict) else (next_obs,):
-            _check_finite("observation", obs, self.env_id)
+        _check_finite("observation", next_obs, self.env_id)
         self._returns += rewards
         learned = (np.sign(rewards) if self._clip_rewards else rewards).astype(np.float32)
         if not np.count_nonzero(over):  # a fifth of what over.any() takes
@@ -362,6 +361,7 @@ class VectorEnv:
         self._returns[mask] = 0
         self._began[mask] = self._logged
         self._obs = self._reset_backend(mask)
+        _check_finite("observation", self._obs, self.env_id)
         return self._obs
 
     def _reset_backend(self, mask: np.ndarray) -> Obs:
@@ -393,12 +393,19 @@ def _assign(obs: Obs, i: Any, value: Any) -> None:
         obs[i] = value
 
 
-def _check_finite(what: str, values: np.ndarray, env_id: str) -> None:
+def _check_finite(what: str, values: Obs, env_id: str) -> None:
     """FloatingPointError where an environment gave NaN or infinity, from which nothing can be learned.
 
-    One such value makes the sum of all so; adding is the cheapest look at them.
+    One such value makes the product of all with themselves so, which is the cheapest look at them.
     """
-    if values.dtype.kind == "f" and not math.isfinite(values.sum()) and not np.isfinite(values).all():
+    if isinstance(values, dict):
+        for part in values.values():
+            _check_finite(what, part, env_id)
+    elif (
+        values.dtype.kind == "f"
+        and not math.isfinite(np.vdot(values, values))
+        and not np.isfinite(values).all()
+    ):
         where = np.argwhere(~np.isfinite(values))[0]
         value = values[tuple(where)]
         raise FloatingPointError(f"{env_id} gave the {what} {value} in environment {where[0]}")

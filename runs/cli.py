@@ -168,7 +168,7 @@ def evaluate_command(arguments: list[str]) -> int:
     given = _parse(Evaluate, "foveal evaluate", arguments)
     _import(given.imports)
     from ..agents import load
-    from .evaluation import evaluate
+    from .evaluation import evaluate, score_text
     from .video import record
 
     agent = load(given.run, device=given.device)
@@ -186,13 +186,8 @@ def evaluate_command(arguments: list[str]) -> int:
     if given.json:
         print(json.dumps(about | result))
     else:
-        low, high = result["eval/return_ci95"]
         print(f"{about['agent']} on {about['env_id']}, weights of step {about['env_step']:,}")
-        print(
-            f"score: {result['eval/return_mean']:.1f} ± {result['eval/return_std']:.1f} over "
-            f"{given.episodes} episodes (95 % interval of the mean {low:.1f} to {high:.1f}), "
-            f"mean length {result['eval/length_mean']:.1f}"
-        )
+        print(f"score: {score_text(result)} of the mean), mean length {result['eval/length_mean']:.1f}")
     return 0
 
 

@@ -17,7 +17,15 @@ from gymnasium.vector.utils import batch_space
 from ..envs import VectorEnv, make_vec
 from .statistics import bootstrap_ci
 
-__all__ = ["Policy", "evaluate", "evaluation_row", "random_policy_return", "validation_seed"]
+__all__ = [
+    "Policy",
+    "decimals",
+    "evaluate",
+    "evaluation_row",
+    "random_policy_return",
+    "score_text",
+    "validation_seed",
+]
 
 
 class Policy(Protocol):
@@ -103,6 +111,21 @@ def evaluation_row(result: Mapping[str, Any]) -> dict[str, float]:
     row = {key: value for key, value in result.items() if key not in ("eval/return_ci95", "eval/returns")}
     row["eval/return_ci95_low"], row["eval/return_ci95_high"] = result["eval/return_ci95"]
     return row
+
+
+def score_text(result: Mapping[str, Any]) -> str:
+    """The result of `evaluate` in words, with an open bracket for more: "500.0 ± 0.0 over 100 episodes (95 %
+    ..."."""
+    digits, (low, high) = decimals(result), result["eval/return_ci95"]
+    return (
+        f"{result['eval/return_mean']:.{digits}f} ± {result['eval/return_std']:.{digits}f} over "
+        f"{result['eval/episodes']} episodes (95 % interval {low:.{digits}f} to {high:.{digits}f}"
+    )
+
+
+def decimals(result: Mapping[str, Any]) -> int:
+    """Decimals that a score is worth: three where scores are around 1, else one."""
+    return 1 if max(abs(result["eval/return_mean"]), result["eval/return_std"]) >= 2 else 3
 
 
 def random_policy_return(

@@ -23,7 +23,14 @@ from ..agents.agent import passes
 from ..agents.progress import progress as progress_display
 from ..envs import grid_map, make_vec
 from ..vision import find_weights, is_image, read_weights
-from .evaluation import evaluate, evaluation_row, random_policy_return, validation_seed
+from .evaluation import (
+    decimals,
+    evaluate,
+    evaluation_row,
+    random_policy_return,
+    score_text,
+    validation_seed,
+)
 from .plots import learning_curve, values_on_map
 from .run import Run, create_run, open_run, resume_run
 from .video import NoVideo, record
@@ -40,7 +47,8 @@ class Options:
     seed: int = 1
     """Seed of everything random in the run."""
     encoder: str = "auto"
-    """mlp, nature, impala, module:Class, or the path of a trained run; auto is what fits the observations."""
+    """A name of `foveal list encoders`, module:Class, or the path of a trained run; auto is what fits agent and
+    observations. For observations of several parts: IMAGES+VECTORS, such as nature+mlp-tanh."""
     env_kwargs: tuple[str, ...] = ()
     """Arguments for the environment, as name=value (values are read as JSON, else as text)."""
     max_episode_steps: int | None = None
@@ -87,20 +95,25 @@ class Options:
         for name in ("total_steps", "log_every", "eval_episodes", "final_episodes", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        if self.eval_every is None:
-            object.__setattr__(self, "eval_every", max(5_000, self.log_every, self.total_steps // 20))
         for name in ("eval_every", "threads"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         # Between rows an agent is not whole, so nothing can come more often than they do.
         for name in ("eval_every", "checkpoint_every"):
-            if 0 < getattr(self, name) < self.log_every:
+            if 0 < (getattr(self, name) or 0) < self.log_every:
                 raise ValueError(
                     f"{name} must be at least log_every ({self.log_every}), got {getattr(self, name)}"
                 )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be between 0 and 2**32 - 1, got {self.seed}")
         parse_env_kwargs(self.env_kwargs)
+
+    @property
+    def evaluation_cadence(self) -> int:
+        """Environment steps between two evaluations; 0 for none."""
+        if self.eval_every is not None:
+            return self.eval_every
+        return max(5_000, self.log_every, self.total_steps // 20)
 
 
 def parse_env_kwargs(pairs: tuple[str, ...]) -> dict[str, Any]:
@@ -250,7 +263,8 @@ def _train(run: Run, agent: Agent, options: Options) -> Run:
     with stop_signals() as stop, show_progress as show:
         for row in agent.training(options.total_steps, options.log_every):
             now, end = row["env_step"], row["env_step"] >= options.total_steps or agent.converged
-            if options.eval_every and (passes(options.eval_every, before, now) or end):
+            cadence = options.evaluation_cadence
+            if cadence and (passes(cadence, before, now) or end):
                 result = evaluate(agent, options.eval_episodes, seed=validation_seed(options.seed))
                 row |= evaluation_row(result)
                 # Of equals the one that was trained for longer, and what is exact whatever its luck.
@@ -301,7 +315,7 @@ def resume_command(run: Run) -> str:
 
 def imports_of(run: Run) -> str:
     """What a command about this run must import, since a file alone imports nothing."""
-    names = (run.config["env_id"], run.config["encoder"] or "")
+    names = (run.config["env_id"], *(run.config["encoder"] or "").split("+"))
     modules = dict.fromkeys(name.rpartition(":")[0] for name in names if ":" in name)
     return "".join(f" --import {module}" for module in modules)
 
@@ -331,12 +345,9 @@ def _conclude(run: Run, agent: Agent, options: Options, wall_s: float) -> None:
             "versions": run.config["versions"],
         }
     )
-    low, high = score["eval/return_ci95"]
-    say(
-        f"score: {score['eval/return_mean']:.1f} \u00b1 {score['eval/return_std']:.1f} over "
-        f"{score['eval/episodes']} episodes (95 % interval {low:.1f} to {high:.1f}; {what})"
-    )
-    say(f"last weights: {last['eval/return_mean']:.1f}; random policy: {random_return:.1f}")
+    say(f"score: {score_text(score)}; {what})")
+    digits = decimals(score)
+    say(f"last weights: {last['eval/return_mean']:.{digits}f}; random policy: {random_return:.{digits}f}")
     curve = run.path / "plots" / "learning_curve.png"
     learning_curve(
         run.rows(),

@@ -5,8 +5,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import pytest
-import toys  # noqa: F401 - registers environments
 import torch
+import toys  # noqa: F401 - registers environments
 from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st

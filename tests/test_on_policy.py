@@ -1,7 +1,7 @@
 """What the policy gradient agents share: rollouts, values at truncations, memory, checkpoints, bad input."""
 
 import json
-import random
+import re
 import subprocess
 import sys
 import time
@@ -53,7 +53,7 @@ def a2c(env: VectorEnv, **settings: Any) -> Any:
 
 
 def scripted(script: list[str]) -> VectorEnv:
-    spec = {"env_id": "scripted", "num_envs": len(script[0]), "seed": 0, "training": True, "render_mode": None}
+    spec = {"env_id": "scripted", "num_envs": len(script[0]), "seed": 0, "training": True}
     return VectorEnv(Scripted(script), spec, frame_stack=1, clip_rewards=False)
 
 
@@ -126,7 +126,7 @@ SCRIPT = ["...", "LC.", ".T.", "B.L", "..C", "C.L", ".L.", "..T", "LC.", "..."]
 
 
 def test_every_kind_of_ending():
-    """A lost life terminates but is no start; a truncation keeps its final observation, with a termination too."""
+    """A lost life terminates but is no start; a truncation keeps its final observation."""
     agent = a2c(scripted(SCRIPT))
     agent.start()
     rollout = agent.collect(10)
@@ -150,13 +150,13 @@ def test_every_kind_of_ending():
         assert rollout.obs[10, i].tolist() == [i, episode, step]
     assert len(rollout.final[0]) == np.isin(kinds, ["C", "B"]).sum()
     # Episodes, on the other hand, are whole games.
-    assert [e.length for e in agent.episodes] == [2, 3, 4, 1, 5, 2, 3, 6]
+    assert [e.length for e in agent.episodes] == [2, 1, 4, 5, 2, 3, 6]
 
 
 @pytest.mark.parametrize("settings", MEMORIES)
 def test_values_of_true_successors(settings):
-    """At truncations V(final observation) from the state it was met in, whatever began next; at a lost life the
-    return stops and the memory does not; after the last row the value of what would be acted on."""
+    """At truncations V(final observation) from the state it was met in, whatever began next; at a lost life
+    the return stops and the memory does not; after the last row the value of what would be acted on."""
     agent = a2c(scripted(SCRIPT), **settings)
     agent.start()
     if agent.network.normalizer is not None:
@@ -207,7 +207,7 @@ def test_values_of_true_successors(settings):
 
 @pytest.mark.parametrize("settings", MEMORIES)
 def test_predict_acts_as_training_did(settings):
-    """With the state handed on and episode starts told, all actions and states of a rollout come out again."""
+    """With the state handed on and episode starts told, a rollout's actions and states come out again."""
     env = toy(lengths=[2, 5])
     agent = a2c(env, **settings)
     agent.learn(60, progress=False)
@@ -261,7 +261,7 @@ def test_memory_solves_what_needs_it(name, settings, memory):
     agent_class, config = QUICK[name]
     env = make_vec("toys/Recall-v0", num_envs=8, seed=1)
     config = replace(config, **settings, gamma=0.9, recurrent=memory, recurrent_size=8)
-    agent = agent_class(env, config, seed=1, device="cpu").learn(1536 if memory else 512, progress=False)
+    agent = agent_class(env, config, seed=1, device="cpu").learn(2048 if memory else 512, progress=False)
     result = evaluate(agent, 60, seed=1)
     if memory:
         assert result["eval/return_mean"] == 1.0
@@ -380,13 +380,13 @@ def test_checkpoint_and_go_on_is_bit_for_bit(agent_class, config, tmp_path):
         return agent_class(toy(4, 3), config, seed=3, device="cpu")
 
     whole = make()
-    rows = [timeless(row) for row in whole.training(360, log_every=40)]
+    rows = [timeless(row) for row in whole.training(240, log_every=40)]
     agent, resumed = make(), []
     save_checkpoint(agent, tmp_path)
-    for stop in (0, 120, 240, 1000):
+    for stop in (0, 80, 160, 1000):
         agent = load(newest_first(tmp_path)[0])
         assert load_checkpoint(newest_first(tmp_path)[0], agent), "not replayed exactly"
-        for row in agent.training(360, log_every=40):
+        for row in agent.training(240, log_every=40):
             resumed.append(timeless(row))
             agent.predict(np.zeros(2, np.float32), deterministic=True)
             if row["env_step"] >= stop:
@@ -400,46 +400,51 @@ def test_checkpoint_and_go_on_is_bit_for_bit(agent_class, config, tmp_path):
 
 
 FLAGS = [
-    *("ppo", "--total-steps", "1280", "--log-every", "64", "--eval-every", "640", "--eval-episodes", "2"),
-    *("--final-episodes", "2", "--checkpoint-every", "128", "--num-envs", "4", "--num-steps", "16"),
-    *("--minibatch-size", "32", "--epochs", "2", "--recurrent", "gru", "--recurrent-size", "4", "--seed", "5"),
+    *(
+        "train",
+        "ppo",
+        "--total-steps",
+        "640",
+        "--log-every",
+        "32",
+        "--eval-every",
+        "320",
+        "--eval-episodes",
+        "2",
+    ),
+    *("--eval-episodes", "2", "--final-episodes", "2", "--checkpoint-every", "64"),
+    *("--num-envs", "2", "--num-steps", "16"),
+    *("--minibatch-size", "16", "--epochs", "2", "--recurrent", "gru", "--recurrent-size", "4"),
     *("--normalize-observations", "--normalize-rewards", "--no-video", "--no-progress", "--track", "off"),
 ]
 
 
-def command(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    cwd.mkdir(exist_ok=True)
-    full = [sys.executable, "-m", "foveal.runs", *arguments]
-    return subprocess.Popen(full, cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def test_kill_9_by_the_command_line(tmp_path):
-    whole = command("train", *FLAGS, cwd=tmp_path / "whole")
-    killed = command("train", *FLAGS, cwd=tmp_path / "killed")
-    wanted = random.Random(0).randint(5, 12)
+def test_kill_9_by_the_command_line(tmp_path, monkeypatch):
+    command = [sys.executable, "-m", "foveal.runs", *FLAGS]
+    killed = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    (tmp_path / "whole").mkdir()
+    monkeypatch.chdir(tmp_path / "whole")
+    assert main(FLAGS) == 0
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and killed.poll() is None:
-        files = list(tmp_path.glob("killed/results/*/*/metrics.jsonl"))
-        if files and files[0].read_bytes().count(b"\n") >= wanted:
+        files = list(tmp_path.glob("results/*/*/metrics.jsonl"))
+        if files and files[0].read_bytes().count(b"\n") >= 7:
             break
-        time.sleep(0.005)
+        time.sleep(0.002)
     killed.kill()
-    killed.communicate()
-    (run,) = (tmp_path / "killed" / "results").glob("*/*")
-    again = command("resume", str(run), cwd=tmp_path)
-    for process in (whole, again):
-        output = process.communicate()[0]
-        assert process.returncode == 0, output
-    (expected,) = (tmp_path / "whole" / "results").glob("*/*")
-    rows = [
+    killed.wait()
+    (run,), (whole,) = tmp_path.glob("results/*/*"), tmp_path.glob("whole/results/*/*")
+    assert newest_first(run / "checkpoints")[0].name < "step-000000000640", "killed too late to tell anything"
+    assert main(["resume", str(run), "--no-progress"]) == 0
+    rows, expected = (
         [timeless(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (run, expected)
-    ]
-    assert len(rows[0]) == 20
-    assert rows[0] == rows[1]
+        for folder in (run, whole)
+    )
+    assert [row["env_step"] for row in rows] == list(range(64, 672, 32))  # the first rollout only primes
+    assert rows == expected
     first, second = (
         read_weights(newest_first(folder / "checkpoints")[0] / "agent.safetensors")[0]
-        for folder in (run, expected)
+        for folder in (run, whole)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert "resume_mismatch" not in json.loads((run / "summary.json").read_text())
@@ -452,8 +457,8 @@ def test_kill_9_by_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     ("actions", "settings", "message"),
     [
-        ("text", {}, "{} takes Discrete, MultiDiscrete .* and Box actions .*, got Text"),
-        ("int-box", {}, "{} takes Discrete, .* Box actions \\(of floats\\), got Box\\(0, 5, \\(2,\\), int32\\)"),
+        ("text", {}, "its actions are Text\\(1, 3, .*\\); foveal takes arrays"),
+        ("int-box", {}, "{} takes Discrete, .* Box actions \\(of floats\\), got Box\\(0, 5, .*int32\\)"),
         ("discrete", {"squash": True}, "squash is for Box actions, got Discrete\\(2, start=3\\)"),
         ("unbounded", {"squash": True}, "squash needs actions with bounds, got Box\\(-inf, inf"),
     ],
@@ -511,7 +516,8 @@ def test_what_is_not_finite_stops_the_training(name, what, at, value):
 
 
 def stopped_by(capsys: Any, *arguments: str) -> tuple[str, Path]:
-    assert main(["train", *arguments, "--track", "off", "--no-progress", "--no-video", "--eval-every", "0"]) == 2
+    flags = ["--track", "off", "--no-progress", "--no-video", "--eval-every", "0"]
+    assert main(["train", *arguments, *flags]) == 2
     err = capsys.readouterr().err
     assert "Traceback" not in err
     (run,) = Path("results").glob("*/*")
@@ -535,18 +541,20 @@ def test_command_line_names_the_reward_and_keeps_the_last_good_checkpoint(capsys
 @pytest.mark.parametrize(
     ("name", "flags", "message"),
     [
-        ("ppo", ["--minibatch-size", "32"], "loss is (nan|inf) at grad_step 4 \\(env_step 32\\)"),
-        ("a2c", ["--optimizer", "adam"], "loss is (nan|inf) at grad_step 2 \\(env_step 64\\)"),
-        ("a2c", ["--optimizer", "rmsprop"], "is (nan|inf|-inf) at grad_step [12] \\(env_step (32|64)\\)"),
+        ("ppo", ["1e37", "--minibatch-size", "32"], "loss is (nan|inf) at grad_step \\d+ \\(env_step 32\\)"),
+        ("a2c", ["1e30", "--optimizer", "adam"], "loss is (nan|inf) at grad_step 2 \\(env_step 64\\)"),
+        (
+            "a2c",
+            ["1e39", "--optimizer", "adam"],
+            "sum of weights is (nan|-?inf) at grad_step 1 ",
+        ),
     ],
 )
 def test_command_line_names_the_loss_and_the_step(name, flags, message, capsys, tmp_path, monkeypatch):
     """A step size this large makes weights whose losses, or which themselves, are not finite: not saved."""
-    import re
-
     monkeypatch.chdir(tmp_path)
-    flags = [*flags, "--num-envs", "2", "--num-steps", "16", "--learning-rate", "1e37", "--log-every", "32"]
-    line, _ = stopped_by(capsys, name, *flags, "--checkpoint-every", "32")
+    flags = ["--learning-rate", *flags, "--num-envs", "2", "--num-steps", "16"]
+    line, _ = stopped_by(capsys, name, *flags, "--log-every", "32", "--checkpoint-every", "32")
     assert re.search(message, line), line
 
 
@@ -563,6 +571,10 @@ def test_gradient_that_is_nan_is_not_yielded(name, monkeypatch):
         return gradient
 
     monkeypatch.setattr(f"foveal.agents.{module}.clip_norm", poison)
-    with pytest.raises(FloatingPointError, match="is nan at grad_step"):
+
+    def train():
         for _ in agent.training(10_000, log_every=8):
             assert torch.isfinite(agent.weights).all()
+
+    with pytest.raises(FloatingPointError, match="is nan at grad_step"):
+        train()

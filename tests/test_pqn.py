@@ -233,10 +233,10 @@ def test_values_bootstrap_through_truncation_only(terminates, value):
     """At gamma 1/2 acting well for ever is worth 2; nothing follows a termination."""
     env = make_vec("test/OneState-v0", num_envs=4, env_kwargs={"terminates": terminates})
     config = PQNConfig(
-        num_steps=8, epochs=2, minibatches=2, gamma=0.5, learning_rate=1e-2, exploration_final=1.0
+        num_steps=8, epochs=2, minibatches=2, gamma=0.5, learning_rate=3e-2, exploration_final=1.0
     )
     encoder = MLP(env.single_observation_space, features_dim=8, hidden=())
-    agent = PQN(env, config, encoder=encoder, device="cpu").learn(6000, progress=False)
+    agent = PQN(env, config, encoder=encoder, device="cpu").learn(3000, progress=False)
     with torch.no_grad():
         q = agent.network(torch.ones(1, 1))
     torch.testing.assert_close(q, torch.tensor([[value - 1, value]]), rtol=0, atol=0.05)

@@ -61,7 +61,7 @@ def test_outputs_states_and_gradients_are_torchs(kind):
         return torch.autograd.grad(loss, [x, state, *module.parameters()])
 
     ours, theirs = gradients(core, output, states[-1]), gradients(other, expected, last)
-    for one, two in zip(ours, theirs):  # parameters come in the same order; the LSTM's second bias is the first
+    for one, two in zip(ours, theirs):  # of the LSTM's two biases, one
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 

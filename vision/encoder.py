@@ -355,8 +355,9 @@ def _make_dict_encoder(name: str, observation_space: spaces.Dict, **kwargs: Any)
     # Where parts came from a file, it is built again under the names that the file gave them.
     loaded: dict[bool, str] = {}
     for space, part in zip(observation_space.values(), encoder.parts):
-        if part.loaded_as is not None:
-            loaded[is_image(space)] = str(part.loaded_as)
+        name_there = getattr(part, "loaded_as", None)
+        if name_there is not None:
+            loaded[is_image(space)] = str(name_there)
     if loaded:
         encoder.loaded_as = f"{loaded.get(True, images)}+{loaded.get(False, vectors)}"
     return encoder
