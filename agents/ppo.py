@@ -91,11 +91,14 @@ RECIPES: dict[str, dict[str, Any]] = {
         "clip_final": 0.0,
     },
     "foveal/MaskedCartPole-v*": {
-        "num_steps": 128,
+        "num_envs": 16,
+        "num_steps": 64,
         "epochs": 10,
         "gamma": 0.98,
         "learning_rate": 1e-3,
         "learning_rate_final": 0.0,
+        "share_encoder": True,
+        "normalize_rewards": True,  # else the value's gradient drowns the policy's in what they share
     },
     "Acrobot-v*": {
         "num_envs": 16,

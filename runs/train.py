@@ -47,8 +47,8 @@ class Options:
     seed: int = 1
     """Seed of everything random in the run."""
     encoder: str = "auto"
-    """A name of `foveal list encoders`, module:Class, or the path of a trained run; auto is what fits agent and
-    observations. For observations of several parts: IMAGES+VECTORS, such as nature+mlp-tanh."""
+    """A name of `foveal list encoders`, module:Class, or the path of a trained run; auto is what fits agent
+    and observations. For observations of several parts: IMAGES+VECTORS, such as nature+mlp-tanh."""
     env_kwargs: tuple[str, ...] = ()
     """Arguments for the environment, as name=value (values are read as JSON, else as text)."""
     max_episode_steps: int | None = None

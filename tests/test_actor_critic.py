@@ -92,7 +92,7 @@ def test_updates_are_the_plain_algorithm(kind, actions, settings, optimizer):
         loss = parts[0] + config.value_coefficient * parts[1] - config.entropy_coefficient * parts[2]
         torch.testing.assert_close(losses, torch.stack(parts).detach(), rtol=1e-4, atol=1e-5)
         gradients = torch.autograd.grad(loss, parameters)
-        norm = torch.sqrt(sum((g**2).sum() for g in gradients))  # type: ignore[call-overload]
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
         gradients = tuple(g * min(1.0, config.max_grad_norm / norm.item()) for g in gradients)
         if optimizer != "rmsprop-tf":
             for parameter, gradient in zip(parameters, gradients):
@@ -169,7 +169,12 @@ def test_rows_are_means_over_the_updates_since_the_last():
     agent = make(entropy_coefficient=0.01)
     seen: list[torch.Tensor] = []
     update = agent.update
-    agent.update = lambda *arguments: (seen.append(update(*arguments)), seen[-1])[1]
+
+    def watched(*arguments):
+        seen.append(update(*arguments))
+        return seen[-1]
+
+    agent.update = watched
     for row in agent.training(180, log_every=60):
         means = torch.stack(seen).mean(0)
         np.testing.assert_allclose([row[f"train/{name}"] for name in LOSSES], means, rtol=1e-5)
@@ -192,11 +197,11 @@ def test_the_loss_stacks_over_seeds(actions, memory):
         params = networks[-1](obs, state, starts)[0].detach()
         chosen = distribution.sample(params, distribution.noise((6, 5), torch.Generator().manual_seed(seed)))
         rollouts.append((obs, state, starts, chosen, torch.randn(6, 5), torch.randn(6, 5)))
-    stacked, _ = torch.func.stack_module_state(networks)  # type: ignore[arg-type]
+    stacked, _ = torch.func.stack_module_state(networks)
 
-    def loss(parameters, obs, state, starts, *rest):
+    def loss(parameters, obs, state, starts, chosen, advantages, returns):
         params, values, _ = torch.func.functional_call(networks[0], parameters, (obs, state, starts))
-        return a2c_loss(distribution, params, values, *rest, config)[0]
+        return a2c_loss(distribution, params, values, chosen, advantages, returns, config)[0]
 
     rollout = [torch.stack(parts) for parts in zip(*rollouts)]
     gradients = torch.func.vmap(torch.func.grad(loss))(stacked, *rollout)

@@ -117,7 +117,7 @@ def test_list_shows_runs_agents_and_encoders(trained, capsys):
     assert "nature" in out
     assert "finished" in out
     assert main(["list", "environments", "--contains", "cartpole"]) == 0
-    assert capsys.readouterr().out.split() == ["CartPole-v0", "CartPole-v1"]
+    assert capsys.readouterr().out.split() == ["CartPole-v0", "CartPole-v1", "foveal/MaskedCartPole-v0"]
 
 
 def test_help_shows_every_setting_with_its_explanation(capsys):

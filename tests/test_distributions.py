@@ -229,7 +229,7 @@ def test_extreme_parameters_give_finite_numbers_and_gradients(kind):
         (spaces.Text(3), False, "ppo takes Discrete, .* got Text"),
         (spaces.Box(0, 5, (2,), np.int32), False, "ppo takes .* Box actions \\(of floats\\), got Box\\(0, 5"),
         (spaces.Box(0, 255, (2,), np.uint8), True, "ppo takes .*got Box"),
-        (spaces.MultiDiscrete([[2, 2], [2, 2]]), False, "MultiDiscrete \\(of one axis\\)"),
+        (spaces.MultiDiscrete(np.full((2, 2), 2)), False, "MultiDiscrete \\(of one axis\\)"),
         (spaces.Dict({"a": spaces.Discrete(2)}), False, "got Dict"),
         (spaces.Discrete(3), True, "squash is for Box actions, got Discrete"),
         (spaces.MultiBinary(3), True, "squash is for Box actions, got MultiBinary"),

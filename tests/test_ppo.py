@@ -34,7 +34,7 @@ def batch_of(agent: Any) -> Batch:
 
 
 def loss_by_hand(ratios, advantages, values=None, old_values=None, returns=None, **settings):
-    """The loss of a network that gives these ratios of Bernoulli probabilities, from old probabilities 0.4."""
+    """The loss of a network with these ratios of Bernoulli probabilities to the old ones, which are 0.4."""
     ratios, advantages = torch.tensor(ratios), torch.tensor(advantages)
     n = len(ratios)
     values = torch.zeros(n) if values is None else torch.tensor(values)
@@ -179,13 +179,18 @@ def test_ratios_are_1_before_the_first_step_of_each_update(settings, actions):
     """The loss's pass over whole sequences gives the probabilities that were acted with, step by step."""
     agent = make(replace(SMALL, **settings), actions=actions)
     agent.learn(100, progress=False)
+    acted: list[Any] = []
+    act = agent.network.act
+
+    def watched(*arguments):
+        acted.append(act(*arguments))
+        return acted[-1]
+
+    agent.network.act = watched
     for _ in range(2):
-        rate_before, hidden = agent.weights.detach().clone(), agent.hidden.clone()
-        acted = []
-        act = agent.network.act
-        agent.network.act = lambda *arguments: (acted.append(act(*arguments)), acted[-1])[1]
+        weights, hidden = agent.weights.detach().clone(), agent.hidden.clone()
+        acted.clear()
         rollout = agent.collect(8)
-        del agent.network.act
         torch.testing.assert_close(rollout.state, hidden, rtol=0, atol=0)
         params = torch.stack([params for params, _ in acted])
         expected, _ = agent.distribution.log_prob_entropy(params, rollout.actions)
@@ -199,7 +204,7 @@ def test_ratios_are_1_before_the_first_step_of_each_update(settings, actions):
             assert losses[0].item() == pytest.approx(0.0, abs=1e-4), "normalised advantages have mean 0"
             count += 1
         assert count == 4
-        assert torch.equal(rate_before, agent.weights)
+        assert torch.equal(weights, agent.weights)
         agent.update(batch, 0.01, 0.2)
 
 
@@ -389,8 +394,9 @@ def test_the_loss_stacks_over_seeds(memory, actions):
     networks, batches = [], []
     for seed in range(3):
         torch.manual_seed(seed)
-        encoders = [make_encoder("mlp-tanh", space, features_dim=8, hidden=()) for _ in range(2)]
-        network = ActorCritic(*encoders, space, distribution, memory, 4, normalize=True)
+        encoder = make_encoder("mlp-tanh", space, features_dim=8, hidden=())
+        other = make_encoder("mlp-tanh", space, features_dim=8, hidden=())
+        network = ActorCritic(encoder, other, space, distribution, memory, 4, normalize=True)
         assert network.normalizer is not None
         network.normalizer.update(torch.randn(6, 5, 2))
         obs, starts = torch.randn(6, 5, 2), torch.rand(6, 5) < 0.3
@@ -404,7 +410,7 @@ def test_the_loss_stacks_over_seeds(memory, actions):
         parts = (chosen, log_probs - 0.1 * torch.randn(6, 5), values, advantages, advantages + values)
         batches.append(Batch(obs, state, starts, *(part.detach() for part in parts)))
         networks.append(network)
-    stacked, buffers = torch.func.stack_module_state(networks)  # type: ignore[arg-type]
+    stacked, buffers = torch.func.stack_module_state(networks)
     batch = Batch(*(torch.stack(parts) for parts in zip(*batches)))
 
     def loss(parameters, buffers, *batch):

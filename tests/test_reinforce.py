@@ -16,7 +16,7 @@ from foveal.agents.reinforce import REINFORCEConfig, reinforce_loss
 from foveal.agents.tabular import policy_gradient, policy_values, softmax
 from foveal.envs import VectorEnv, make_mdp, make_vec
 
-BASELINES = ["none", "average", "value"]
+BASELINES: list[Any] = ["none", "average", "value"]
 
 
 class OneHot(torch.nn.Module):
@@ -39,8 +39,8 @@ def scripted(script: list[str], **settings: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def gradients():
-    """Estimates (100, S, A) of the gradient by each baseline and weighting, all from the same 100 rollouts of a
-    corridor, and the exact gradients. The learned value is the true one, and a bit wrong."""
+    """Estimates (100, S, A) of the gradient by each baseline and weighting, all from the same 100 rollouts of
+    a corridor, and the exact gradients. The learned value is the true one, and a bit wrong."""
     gamma, kwargs = 0.9, {"map": "PS..G", "slip": 0.2, "pit_reward": 2.0, "goal_reward": 4.0}
     mdp = make_mdp("foveal/GridWorld-v0", kwargs)
     env = make_vec("foveal/GridWorld-v0", 32, seed=1, env_kwargs=kwargs, max_episode_steps=10_000)

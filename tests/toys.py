@@ -1,7 +1,5 @@
 """Small environments with known answers for the policy gradient agents, registered when this is imported."""
 
-from typing import Any, ClassVar
-
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
@@ -24,8 +22,6 @@ class Signs(gym.Env):
     draws an episode's length from `lengths`, and whether it ends by termination or truncation. With `images`
     the signs are in an image and the numbers' sizes in a vector.
     """
-
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
 
     def __init__(self, actions="discrete", lengths=(3, 5, 8), truncate=0.5, images=False, render_mode=None):
         self.lengths, self.truncate, self.images = lengths, truncate, images
@@ -125,8 +121,8 @@ class Scripted:
 
     def __init__(self, script: list[str]):
         self.script = np.array([list(row) for row in script])  # (T, N)
-        self.single_observation_space = spaces.Box(-100, 100, (3,), np.float32)
-        self.single_action_space = spaces.Discrete(2)
+        self.single_observation_space: spaces.Space = spaces.Box(-100, 100, (3,), np.float32)
+        self.single_action_space: spaces.Space = spaces.Discrete(2)
         self.t = 0
         self.place = np.zeros((self.script.shape[1], 3), np.float32)
         self.place[:, 0] = np.arange(self.script.shape[1])
@@ -154,4 +150,4 @@ class Scripted:
 
 
 for environment in (Signs, Recall, Broken):
-    gym.register(f"toys/{environment.__name__}-v0", environment)
+    gym.register(f"toys/{environment.__name__}-v0", f"toys:{environment.__name__}")
