@@ -122,6 +122,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "minibatch_size": 64,
         "gamma": 0.9,
         "learning_rate": 1e-3,
+        "learning_rate_final": 0.0,
     },
     "MountainCar-v*": {
         "num_envs": 16,

@@ -11,7 +11,7 @@ from gymnasium import spaces
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foveal.agents import A2C, load
+from foveal.agents import A2C, PPO, REINFORCE, load
 from foveal.agents.actor_critic import A2CConfig
 from foveal.agents.normalization import CLIP, Moments, ObservationNormalizer, RewardScaler
 from foveal.envs import make_vec
@@ -164,29 +164,33 @@ def test_statistics_stand_still_in_predict_and_travel_with_the_weights(tmp_path)
     )
 
 
-def test_statistics_are_those_of_what_was_acted_on():
+@pytest.mark.parametrize(
+    ("agent_class", "settings"),
+    [(A2C, {"num_steps": 4}), (PPO, {"num_steps": 4, "minibatch_size": 12}), (REINFORCE, {})],
+)
+def test_statistics_are_those_of_what_was_acted_on(agent_class, settings):
     """The first rollout primes them, and each rollout is learned from before it counts."""
-    config = A2CConfig(num_envs=3, num_steps=4, normalize_observations=True)
-    agent = A2C(make_vec("toys/Signs-v0", num_envs=3, seed=5), config, seed=1, device="cpu")
+    config = agent_class.Config(num_envs=3, normalize_observations=True, **settings)
+    agent: Any = agent_class(make_vec("toys/Signs-v0", num_envs=3, seed=5), config, seed=1, device="cpu")
     seen: list[Any] = []
     collect, update = agent.collect, agent.update
     at_update = []
 
     def collecting(steps):
         rollout = collect(steps)
-        seen.append(rollout.obs[:-1].clone())
+        seen.append(rollout.obs[:-1].flatten(0, 1).double())
         return rollout
 
-    def updating(rollout, rate):
+    def updating(*arguments):
         at_update.append(statistics(agent))
-        return update(rollout, rate)
+        return update(*arguments)
 
-    agent.collect, agent.update = collecting, updating  # type: ignore[method-assign]
-    agent.learn(48, progress=False)
-    assert len(seen) == 4
-    assert agent.grad_step == 3
+    agent.collect, agent.update = collecting, updating
+    agent.learn(100, progress=False)
+    at_update.append(statistics(agent))
+    assert len(seen) == len(at_update) > 3
     for i, (mean, var, count) in enumerate(at_update):
-        rows = torch.cat(seen[: i + 1]).flatten(0, 1).double()
+        rows = torch.cat(seen[: i + 1])
         torch.testing.assert_close(mean, rows.mean(0))
         torch.testing.assert_close(var, rows.var(0, correction=0))
         assert count == len(rows)

@@ -378,16 +378,16 @@ def test_checkpoint_and_go_on_is_bit_for_bit(agent_class, config, tmp_path):
     def make():
         return agent_class(toy(4, 3), config, seed=3, device="cpu")
 
-    whole = make()
-    rows = [timeless(row) for row in whole.training(240, log_every=40)]
-    agent, resumed = make(), []
+    obs = np.zeros(2, np.float32)
+    whole, rows, agent, resumed = make(), [], make(), []
+    for row in whole.training(240, log_every=40):
+        rows.append(timeless(row) | {"drawn": [int(whole.predict(obs)[0]) for _ in range(20)]})
     save_checkpoint(agent, tmp_path)
     for stop in (0, 80, 160, 1000):
         agent = load(newest_first(tmp_path)[0])
         assert load_checkpoint(newest_first(tmp_path)[0], agent), "not replayed exactly"
         for row in agent.training(240, log_every=40):
-            resumed.append(timeless(row))
-            agent.predict(np.zeros(2, np.float32), deterministic=True)
+            resumed.append(timeless(row) | {"drawn": [int(agent.predict(obs)[0]) for _ in range(20)]})
             if row["env_step"] >= stop:
                 break
         save_checkpoint(agent, tmp_path)
