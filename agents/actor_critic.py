@@ -169,7 +169,7 @@ class A2C(OnPolicyAgent):
         while self.env_step < total_steps or not self.grad_step:  # priming may take all steps
             before = self.env_step
             rollout = self.collect(config.num_steps)
-            rate = linear(config.learning_rate, config.learning_rate_final, self.env_step / total_steps)
+            rate = linear(config.learning_rate, config.learning_rate_final, before / total_steps)
             losses = self.update(rollout, rate)
             self.observe(rollout)
             report.add(losses)

@@ -105,7 +105,6 @@ class OnPolicyAgent(Agent):
 
     network: ActorCritic
     config: PolicyConfig
-    learns_value: bool = True
 
     def __init__(
         self,
@@ -131,7 +130,7 @@ class OnPolicyAgent(Agent):
                 if set(self.encoder_name.split("+")) <= ENCODERS.keys() | {"auto"}:  # nothing trained before
                     orthogonal(encoder)
             value_encoder = None
-            if not settings.share_encoder and self.learns_value:
+            if not settings.share_encoder:
                 value_encoder = copy.deepcopy(encoder)
             network = ActorCritic(
                 encoder,

@@ -255,7 +255,7 @@ class PPO(OnPolicyAgent):
         while self.env_step < total_steps or not self.grad_step:  # priming may take all steps
             before = self.env_step
             rollout = self.collect(config.num_steps)
-            progress = self.env_step / total_steps
+            progress = before / total_steps
             rate = linear(config.learning_rate, config.learning_rate_final, progress)
             clip = linear(config.clip, config.clip_final, progress)
             batch = self.advantages(rollout)
@@ -315,7 +315,7 @@ class PPO(OnPolicyAgent):
                 else:  # a mask instead of a break, so that nothing waits for the device
                     going = going & (losses[3] <= 1.5 * config.target_kl)
                     self.masked_step(going, learning_rate)
-                    losses = losses * going
+                    losses = losses.masked_fill(~going, 0.0)
                 sums += losses
                 count += going
         self.grad_step += int(count)
