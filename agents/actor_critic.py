@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..envs import VectorEnv
-from .agent import Row, UnmadeEnv, passes
+from .agent import Report, Row, UnmadeEnv, passes
 from .distributions import Distribution
-from .on_policy import OnPolicyAgent, PolicyConfig, Report, Rollout
+from .on_policy import OnPolicyAgent, PolicyConfig, Rollout
 from .optimization import (
     adam_state,
     adam_step,

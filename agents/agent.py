@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
@@ -12,7 +13,7 @@ import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from ..envs import VectorEnv, make_vec
+from ..envs import Episode, VectorEnv, make_vec
 from ..vision import (
     describe_encoder,
     find_weights,
@@ -23,6 +24,7 @@ from ..vision import (
     space_to_json,
     write_weights,
 )
+from .optimization import flatten_parameters, keep_freed_memory, views_of, with_modes
 from .progress import progress as progress_display
 
 Row = dict[str, Any]
@@ -119,6 +121,8 @@ class Agent:
         """Environment steps taken, all environments together."""
         self.grad_step = 0
         """Optimizer steps taken."""
+        self.episodes: list[Episode] = []
+        """Finished since the last row of metrics."""
 
     @property
     def env(self) -> VectorEnv:
@@ -188,6 +192,23 @@ class Agent:
     ) -> tuple[np.ndarray, Any]:
         """Actions (B, ...) for a batch of observations on the device, and the state for the next ones."""
         raise NotImplementedError
+
+    def adopt(self, network: nn.Module) -> None:
+        """Take a network to train: on the device, all weights in one tensor and their gradient in another."""
+        # Convolutions' weights channels last in memory: their gradient takes a third less time on a CPU.
+        self.network = network.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.weights = flatten_parameters(self.network)
+        self.parameters = [p for p in self.network.parameters() if p.requires_grad]
+        keep_freed_memory()
+        self.gradient = torch.empty_like(self.weights, requires_grad=False)
+        self.gradients = views_of(self.gradient, self.parameters)
+        self.network.eval()
+        self.modal = with_modes(self.network)
+
+    def check(self, losses: Mapping[str, Tensor | float]) -> None:
+        """FloatingPointError where a loss, or a weight after the step, is not finite: never to be saved."""
+        weights = self.weights.detach().sum()  # one NaN or infinity makes it so
+        check_finite({**losses, "sum of weights": weights}, self.env_step, self.grad_step)
 
     def describe(self) -> dict[str, Any]:
         """What a weights file says beside its tensors; enough to build the agent again."""
@@ -408,3 +429,44 @@ def check_finite(losses: Mapping[str, Any], env_step: int, grad_step: int) -> No
 def passes(every: int, before: int, now: int) -> bool:
     """True where a multiple of `every` lies in (before, now]: a cadence for steps of num_envs."""
     return now // every > before // every
+
+
+class Report:
+    """Sums of what updates measured, and the clock, between two rows of metrics."""
+
+    def __init__(self, agent: Agent, names: Sequence[str]):
+        self.agent, self.names = agent, names
+        self.sums = torch.zeros(len(names), device=agent.device)
+        self.count = torch.zeros((), device=agent.device)
+        self.restart()
+
+    def restart(self) -> None:
+        self.sums.zero_()
+        self.count.zero_()
+        self.agent.episodes = []
+        self.clock, self.env_step, self.grad_step = (
+            time.perf_counter(),
+            self.agent.env_step,
+            self.agent.grad_step,
+        )
+
+    def add(self, sums: Tensor, count: Tensor | int = 1) -> None:
+        """Take in the sums of what `count` updates measured."""
+        self.sums += sums
+        self.count += count
+
+    def row(self, **extra: float) -> Row:
+        agent, seconds = self.agent, time.perf_counter() - self.clock
+        row: Row = {"env_step": agent.env_step, "grad_step": agent.grad_step}
+        if agent.episodes:
+            row["train/return_mean"] = float(np.mean([e.episode_return for e in agent.episodes]))
+            row["train/length_mean"] = float(np.mean([e.length for e in agent.episodes]))
+        row["train/episodes"] = len(agent.episodes)
+        if self.count > 0:
+            row |= {
+                f"train/{name}": value for name, value in zip(self.names, (self.sums / self.count).tolist())
+            }
+        row |= extra
+        row["speed/env_steps_per_s"] = (agent.env_step - self.env_step) / seconds
+        row["speed/updates_per_s"] = (agent.grad_step - self.grad_step) / seconds
+        return row

@@ -7,7 +7,6 @@ as such (the paper clips the error term), any number of environments, and schedu
 
 import copy
 import fnmatch
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +22,9 @@ from ..envs import VectorEnv
 from ..vision import make_encoder
 from .agent import (
     Agent,
+    Report,
     Row,
     UnmadeEnv,
-    check_finite,
     map_tensors,
     passes,
     random_streams,
@@ -41,11 +40,9 @@ from .optimization import (
     clip_norm,
     compile_or_eager,
     flatten_parameters,
-    keep_freed_memory,
+    linear,
     set_training,
     take_gradient,
-    views_of,
-    with_modes,
 )
 from .replay import Replay
 
@@ -194,12 +191,6 @@ def q_loss(network: Callable[[Any], Tensor], obs: Any, actions: Tensor, targets:
     return F.smooth_l1_loss(q, targets)
 
 
-def learning_rate_at(env_step: int, total_steps: int, config: DQNConfig) -> float:
-    """Linear from `learning_rate` to `learning_rate_final` over the whole training."""
-    final = config.learning_rate if config.learning_rate_final is None else config.learning_rate_final
-    return config.learning_rate + min(1.0, env_step / total_steps) * (final - config.learning_rate)
-
-
 def epsilon_at(env_step: int, total_steps: int, config: DQNConfig) -> float:
     """Linear from initial to final over the first part of the training; random before learning starts."""
     if env_step < config.learning_starts:
@@ -260,16 +251,9 @@ class DQN(Agent):
             torch.manual_seed(weights_seed)
             if not isinstance(encoder, nn.Module):
                 encoder = make_encoder(encoder, self.observation_space)
-            # Convolutions' weights channels last in memory: their gradient takes a third less time on a CPU.
-            network = QNetwork(encoder, self.num_actions).to(self.device)
-            self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.adopt(QNetwork(encoder, self.num_actions))
             self.target = copy.deepcopy(self.network)
-        self.weights = flatten_parameters(self.network)
         self.target_weights = flatten_parameters(self.target)
-        self.parameters = [p for p in self.network.parameters() if p.requires_grad]
-        keep_freed_memory()
-        self.gradient = torch.empty_like(self.weights, requires_grad=False)
-        self.gradients = views_of(self.gradient, self.parameters)
         self.adam = adam_state(self.weights)
         self.loss: Callable[..., Tensor] = q_loss
         self.epsilon = self.config.exploration_initial
@@ -279,20 +263,13 @@ class DQN(Agent):
         self.collecting_since = 0
         """`env_step` at which the replay was empty."""
         self.buffer_device = resolve_device(self.config.buffer_device)
-        self.network.eval()
-        self.target.eval()
-        self.modal = with_modes(self.network)
 
     def training(self, total_steps: int, log_every: int = 1000) -> Iterator[Row]:
         config, env = self.config, self.env
         self.start()
         replay = self.replay
         assert replay is not None
-        episodes: list[Any] = []
-        # One number that losses are added to: keeping them as many small tensors splits the heap into pieces
-        # that large batches no longer fit, which took gigabytes on Atari.
-        loss_sum = torch.zeros((), device=self.device)
-        window, window_step, window_updates = time.perf_counter(), self.env_step, self.grad_step
+        report = Report(self, ("q_loss",))
 
         while self.env_step < total_steps:
             # Act.
@@ -302,7 +279,7 @@ class DQN(Agent):
             step = env.step(actions + self.first_action)
             replay.add(actions, step)
             self.obs = step.obs
-            episodes += step.episodes
+            self.episodes += step.episodes
             before, self.env_step = self.env_step, self.env_step + env.num_envs
 
             # Learn.
@@ -310,27 +287,16 @@ class DQN(Agent):
                 self.update_target()
             collected = self.env_step - self.collecting_since
             if collected > config.learning_starts and passes(config.train_every, before, self.env_step):
-                rate = learning_rate_at(self.env_step, total_steps, config)
-                loss_sum += self.update(config.gradient_steps, rate)
-                check_finite({"q_loss": loss_sum}, self.env_step, self.grad_step)
+                progress = self.env_step / total_steps
+                rate = linear(config.learning_rate, config.learning_rate_final, progress)
+                loss_sum = self.update(config.gradient_steps, rate)
+                report.add(loss_sum, config.gradient_steps)
+                self.check({"q_loss": loss_sum})
 
             # Report.
             if passes(log_every, before, self.env_step) or self.env_step >= total_steps:
-                now = time.perf_counter()
-                row: Row = {"env_step": self.env_step, "grad_step": self.grad_step}
-                if episodes:
-                    row["train/return_mean"] = float(np.mean([e.episode_return for e in episodes]))
-                    row["train/length_mean"] = float(np.mean([e.length for e in episodes]))
-                row["train/episodes"] = len(episodes)
-                row["train/epsilon"] = self.epsilon
-                if self.grad_step > window_updates:
-                    row["train/q_loss"] = loss_sum.item() / (self.grad_step - window_updates)
-                row["speed/env_steps_per_s"] = (self.env_step - window_step) / (now - window)
-                row["speed/updates_per_s"] = (self.grad_step - window_updates) / (now - window)
-                episodes = []
-                loss_sum.zero_()
-                yield row
-                window, window_step, window_updates = time.perf_counter(), self.env_step, self.grad_step
+                yield report.row(**{"train/epsilon": self.epsilon})
+                report.restart()
 
     def start(self) -> None:
         if self.replay is None:

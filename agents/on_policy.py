@@ -4,8 +4,7 @@ Each of them adds its loss, its update and its training loop, in a file of its o
 """
 
 import copy
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -16,11 +15,11 @@ from torch import Tensor, nn
 
 from ..envs import VectorEnv
 from ..vision import ENCODERS, is_image, make_encoder
-from .agent import Agent, Row, UnmadeEnv, check_finite, map_tensors, random_streams, to_tensors
+from .agent import Agent, UnmadeEnv, map_tensors, random_streams, to_tensors
 from .distributions import make_distribution
+from .initialization import orthogonal
 from .normalization import RewardScaler
-from .optimization import flatten_parameters, keep_freed_memory, views_of, with_modes
-from .policy import ActorCritic, orthogonal
+from .policy import ActorCritic
 
 
 @dataclass(frozen=True)
@@ -132,31 +131,22 @@ class OnPolicyAgent(Agent):
             value_encoder = None
             if not settings.share_encoder:
                 value_encoder = copy.deepcopy(encoder)
-            network = ActorCritic(
-                encoder,
-                value_encoder,
-                self.observation_space,
-                self.distribution,
-                settings.recurrent,
-                settings.recurrent_size,
-                settings.log_std_init,
-                settings.normalize_observations,
-            ).to(self.device)
-            # Convolutions' weights channels last in memory: their gradient takes a third less time on a CPU.
-            self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.weights = flatten_parameters(self.network)
-        self.parameters = [p for p in self.network.parameters() if p.requires_grad]
-        keep_freed_memory()
-        self.gradient = torch.empty_like(self.weights, requires_grad=False)
-        self.gradients = views_of(self.gradient, self.parameters)
+            self.adopt(
+                ActorCritic(
+                    encoder,
+                    value_encoder,
+                    self.observation_space,
+                    self.distribution,
+                    settings.recurrent,
+                    settings.recurrent_size,
+                    settings.log_std_init,
+                    settings.normalize_observations,
+                )
+            )
         self.reward_scaler = RewardScaler(self.config.num_envs, settings.gamma)
         self.obs: Any = None
         self.hidden = torch.zeros(self.config.num_envs, self.network.state_size, device=self.device)
         self.starts = np.ones(self.config.num_envs, np.bool_)
-        self.episodes: list[Any] = []
-        """Finished since the last row of metrics."""
-        self.network.eval()
-        self.modal = with_modes(self.network)
 
     def start(self) -> None:
         if self.obs is None:
@@ -240,11 +230,6 @@ class OnPolicyAgent(Agent):
                     one, states[t, n], torch.zeros_like(t, dtype=torch.bool)[None]
                 )[1][0]
         return following
-
-    def check(self, losses: Mapping[str, float]) -> None:
-        """FloatingPointError where a loss, or a weight after the step, is not finite: never to be saved."""
-        weights = self.weights.detach().sum()  # one NaN or infinity makes it so
-        check_finite({**losses, "sum of weights": weights}, self.env_step, self.grad_step)
 
     def observe(self, rollout: Rollout) -> None:
         """Let a rollout change the statistics of observations; not before it has been learned from."""
@@ -343,44 +328,3 @@ def stack(trees: Sequence[Any]) -> Any:
     if isinstance(trees[0], dict):
         return {key: stack([tree[key] for tree in trees]) for key in trees[0]}
     return torch.stack(list(trees))
-
-
-class Report:
-    """Sums of what updates measured, and the clock, between two rows of metrics."""
-
-    def __init__(self, agent: OnPolicyAgent, names: Sequence[str]):
-        self.agent, self.names = agent, names
-        self.sums = torch.zeros(len(names), device=agent.device)
-        self.count = torch.zeros((), device=agent.device)
-        self.restart()
-
-    def restart(self) -> None:
-        self.sums.zero_()
-        self.count.zero_()
-        self.agent.episodes = []
-        self.clock, self.env_step, self.grad_step = (
-            time.perf_counter(),
-            self.agent.env_step,
-            self.agent.grad_step,
-        )
-
-    def add(self, sums: Tensor, count: Tensor | int = 1) -> None:
-        """Take in the sums of what `count` updates measured."""
-        self.sums += sums
-        self.count += count
-
-    def row(self, **extra: float) -> Row:
-        agent, seconds = self.agent, time.perf_counter() - self.clock
-        row: Row = {"env_step": agent.env_step, "grad_step": agent.grad_step}
-        if agent.episodes:
-            row["train/return_mean"] = float(np.mean([e.episode_return for e in agent.episodes]))
-            row["train/length_mean"] = float(np.mean([e.length for e in agent.episodes]))
-        row["train/episodes"] = len(agent.episodes)
-        if self.count > 0:
-            row |= {
-                f"train/{name}": value for name, value in zip(self.names, (self.sums / self.count).tolist())
-            }
-        row |= extra
-        row["speed/env_steps_per_s"] = (agent.env_step - self.env_step) / seconds
-        row["speed/updates_per_s"] = (agent.grad_step - self.grad_step) / seconds
-        return row

@@ -1,6 +1,5 @@
 """A network with a policy and a value: what REINFORCE, A2C and PPO learn."""
 
-import math
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from .agent import map_tensors
 from .distributions import Distribution
+from .initialization import orthogonal_
 from .normalization import ObservationNormalizer
 from .recurrent import CORES, unroll
 
@@ -46,7 +46,7 @@ class ActorCritic(nn.Module):
         # Small weights make the first policy nearly uniform, whatever the observation (Andrychowicz et al.
         # 2020, 2006.05990, section 3.2); biases start at zero.
         for head, gain in ((self.policy_head, 0.01), (self.value_head, 1.0)):
-            nn.init.orthogonal_(head.weight, gain)
+            orthogonal_(head.weight, gain)
             nn.init.zeros_(head.bias)
         self.log_std = None
         if distribution.num_log_stds:
@@ -96,13 +96,3 @@ class ActorCritic(nn.Module):
         if self.log_std is None:
             return logits
         return torch.cat([logits, self.log_std.expand_as(logits)], -1)
-
-
-@torch.no_grad()
-def orthogonal(module: nn.Module, gain: float = math.sqrt(2)) -> None:
-    """Orthogonal weights (Saxe et al. 2013, 1312.6120) and zero biases in linear and convolution layers."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            nn.init.orthogonal_(layer.weight, gain)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..envs import VectorEnv
-from .agent import Row, UnmadeEnv, map_tensors, passes
+from .agent import Report, Row, UnmadeEnv, map_tensors, passes
 from .distributions import Distribution
-from .on_policy import OnPolicyAgent, PolicyConfig, Report, Rollout
+from .on_policy import OnPolicyAgent, PolicyConfig, Rollout
 from .optimization import adam_state, adam_step, clip_norm, linear, set_training, take_gradient
 from .policy import ActorCritic
 from .returns import gae

@@ -9,7 +9,6 @@ convolutions are normalised over the whole map, and schedules count environment 
 import fnmatch
 import functools
 import operator
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -24,9 +23,9 @@ from ..envs import VectorEnv
 from ..vision import is_image, make_encoder
 from .agent import (
     Agent,
+    Report,
     Row,
     UnmadeEnv,
-    check_finite,
     map_tensors,
     passes,
     random_streams,
@@ -39,11 +38,10 @@ from .optimization import (
     adam_state,
     clip_norm,
     compile_or_eager,
-    flatten_parameters,
-    keep_freed_memory,
+    linear,
     radam_step,
+    set_training,
     take_gradient,
-    views_of,
 )
 from .returns import q_lambda
 
@@ -188,12 +186,6 @@ def q_loss(network: Callable[[Any], Tensor], obs: Any, actions: Tensor, targets:
     return 0.5 * F.mse_loss(q, targets)
 
 
-def learning_rate_at(env_step: int, total_steps: int, config: PQNConfig) -> float:
-    """Linear from `learning_rate` to `learning_rate_final` over the whole training."""
-    final = config.learning_rate if config.learning_rate_final is None else config.learning_rate_final
-    return config.learning_rate + min(1.0, env_step / total_steps) * (final - config.learning_rate)
-
-
 def epsilon_at(env_steps: np.ndarray, total_steps: int, config: PQNConfig) -> np.ndarray:
     """Linear from initial to final over the first part of the training; same shape as `env_steps`."""
     progress = np.minimum(1.0, env_steps / (config.exploration_fraction * total_steps))
@@ -235,58 +227,39 @@ class PQN(Agent):
             torch.manual_seed(weights_seed)
             if not isinstance(encoder, nn.Module):
                 encoder = make_encoder(encoder, self.observation_space)
-            # Convolutions' weights channels last in memory: their gradient takes a third less time on a CPU.
-            network = QNetwork(encoder, self.num_actions).to(self.device)
-            self.network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.weights = flatten_parameters(self.network)
-        self.parameters = [p for p in self.network.parameters() if p.requires_grad]
-        keep_freed_memory()
-        self.gradient = torch.empty_like(self.weights, requires_grad=False)
-        self.gradients = views_of(self.gradient, self.parameters)
+            self.adopt(QNetwork(encoder, self.num_actions))
         self.radam = adam_state(self.weights)
         self.loss: Callable[..., Tensor] = q_loss
         self.epsilon = self.config.exploration_initial
         self.obs: Any = None
         """Made when training starts: an agent that only acts needs no environments."""
-        self.network.eval()
 
     def training(self, total_steps: int, log_every: int = 1000) -> Iterator[Row]:
         """Whole rollouts until `env_step` reaches `total_steps`; rows come at the end of rollouts only."""
         config, env = self.config, self.env
         self.start()
-        episodes: list[Any] = []
-        loss_sum = torch.zeros((), device=self.device)
-        window, window_step, window_updates = time.perf_counter(), self.env_step, self.grad_step
+        report = Report(self, ("q_loss",))
 
         while self.env_step < total_steps:
             # Act.
             before = self.env_step
             epsilon = epsilon_at(before + env.num_envs * np.arange(config.num_steps), total_steps, config)
-            rollout = self.collect(epsilon, episodes)
+            rollout = self.collect(epsilon)
             self.epsilon = float(epsilon[-1])
             self.env_step += config.num_steps * env.num_envs
 
             # Learn.
             targets = q_lambda(*rollout[2:], config.gamma, config.q_lambda)
-            loss_sum += self.update(rollout, targets, learning_rate_at(before, total_steps, config))
-            check_finite({"q_loss": loss_sum}, self.env_step, self.grad_step)
+            rate = linear(config.learning_rate, config.learning_rate_final, before / total_steps)
+            updates = self.grad_step
+            loss_sum = self.update(rollout, targets, rate)
+            report.add(loss_sum, self.grad_step - updates)
+            self.check({"q_loss": loss_sum})
 
             # Report.
             if passes(log_every, before, self.env_step) or self.env_step >= total_steps:
-                now = time.perf_counter()
-                row: Row = {"env_step": self.env_step, "grad_step": self.grad_step}
-                if episodes:
-                    row["train/return_mean"] = float(np.mean([e.episode_return for e in episodes]))
-                    row["train/length_mean"] = float(np.mean([e.length for e in episodes]))
-                row["train/episodes"] = len(episodes)
-                row["train/epsilon"] = self.epsilon
-                row["train/q_loss"] = loss_sum.item() / (self.grad_step - window_updates)
-                row["speed/env_steps_per_s"] = (self.env_step - window_step) / (now - window)
-                row["speed/updates_per_s"] = (self.grad_step - window_updates) / (now - window)
-                episodes.clear()
-                loss_sum.zero_()
-                yield row
-                window, window_step, window_updates = time.perf_counter(), self.env_step, self.grad_step
+                yield report.row(**{"train/epsilon": self.epsilon})
+                report.restart()
 
     def start(self) -> None:
         if self.obs is None:
@@ -297,8 +270,8 @@ class PQN(Agent):
             self.loss = compile_or_eager(q_loss, self.network, obs, zeros.long(), zeros)
 
     @torch.no_grad()
-    def collect(self, epsilon: np.ndarray, episodes: list[Any]) -> Rollout:
-        """Step all environments len(epsilon) times, epsilon-greedily; finished episodes go to `episodes`.
+    def collect(self, epsilon: np.ndarray) -> Rollout:
+        """Step all environments len(epsilon) times, epsilon-greedily.
 
         The values of a step's successor are those that the next step acts on, so each observation goes
         through the network once; only the last ones, and the final ones of truncated episodes, are extra.
@@ -319,7 +292,7 @@ class PQN(Agent):
             q_max.append(best)
             steps.append((step.rewards, step.terminated, step.truncated))
             if step.episodes:
-                episodes += step.episodes
+                self.episodes += step.episodes
                 ends = np.flatnonzero(step.truncated & ~step.terminated)
                 if len(ends):
                     cut += [(t, int(n)) for n in ends]
@@ -345,7 +318,7 @@ class PQN(Agent):
 
         obs, actions, targets = map_tensors(flatten, rollout.obs), flatten(rollout.actions), flatten(targets)
         loss_sum = torch.zeros((), device=self.device)
-        network.train()  # dropout and the like belong to the loss alone
+        set_training(self.modal, True)  # dropout and the like belong to the loss alone
         for _ in range(config.epochs):
             order = torch.randperm(len(actions), generator=self.shuffling_rng).to(self.device)
             for index in order.view(config.minibatches, -1).unbind():
@@ -356,7 +329,7 @@ class PQN(Agent):
                 radam_step(self.weights, self.gradient, self.radam, learning_rate)
                 loss_sum += loss.detach()
                 self.grad_step += 1
-        network.eval()
+        set_training(self.modal, False)
         return loss_sum
 
     def actions(

@@ -7,6 +7,8 @@ A state is one tensor (N, S), zeros at the start of an episode.
 import torch
 from torch import Tensor, nn
 
+from .initialization import orthogonal_
+
 
 class LSTM(nn.Module):
     """Long short-term memory (Hochreiter and Schmidhuber 1997), with the gates of torch.nn.LSTM in its order.
@@ -21,7 +23,7 @@ class LSTM(nn.Module):
         self.weight_hh = nn.Parameter(torch.empty(4 * size, size))
         self.bias = nn.Parameter(torch.zeros(4 * size))
         for weight in (self.weight_ih, self.weight_hh):
-            nn.init.orthogonal_(weight)
+            orthogonal_(weight)
 
     def project(self, x: Tensor) -> Tensor:
         """What does not depend on the state, for all steps at once: (..., inputs) -> (..., 4 size)."""
@@ -52,7 +54,7 @@ class GRU(nn.Module):
         self.bias_ih = nn.Parameter(torch.zeros(3 * size))
         self.bias_hh = nn.Parameter(torch.zeros(3 * size))
         for weight in (self.weight_ih, self.weight_hh):
-            nn.init.orthogonal_(weight)
+            orthogonal_(weight)
 
     def project(self, x: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, self.weight_ih, self.bias_ih)

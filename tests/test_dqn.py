@@ -2,6 +2,7 @@
 
 import copy
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -18,7 +19,6 @@ from foveal.agents.dqn import (
     QNetwork,
     act,
     epsilon_at,
-    learning_rate_at,
     q_loss,
     recipe,
     td_target,
@@ -76,11 +76,28 @@ def test_epsilon_is_linear_in_env_steps():
     assert epsilon_at(1999, 2000, config) == pytest.approx(0.1)
 
 
+def rates_of(agent, total_steps):
+    """The step sizes that a training hands to its updates."""
+    rates, update = [], agent.update
+
+    def watched(*args):
+        rates.append(args[-1])
+        return update(*args)
+
+    agent.update = watched
+    for _ in agent.training(total_steps):
+        pass
+    return rates
+
+
 def test_learning_rate_falls_linearly_where_asked():
-    config = DQNConfig(learning_rate=0.1, learning_rate_final=0.02)
-    assert learning_rate_at(500, 1000, config) == pytest.approx(0.06)
-    assert learning_rate_at(1000, 1000, config) == pytest.approx(0.02)
-    assert learning_rate_at(500, 1000, DQNConfig(learning_rate=0.1)) == 0.1
+    config = DQNConfig(
+        learning_rate=0.1, learning_rate_final=0.02, learning_starts=100, train_every=100, batch_size=4
+    )
+    rates = rates_of(DQN("CartPole-v1", config, device="cpu"), 500)
+    np.testing.assert_allclose(rates, [0.068, 0.052, 0.036, 0.02])
+    constant = replace(config, learning_rate_final=None)
+    assert rates_of(DQN("CartPole-v1", constant, device="cpu"), 300) == [0.1, 0.1]
 
 
 def test_epsilon_is_drawn_for_each_environment():

@@ -16,10 +16,12 @@ from gymnasium import spaces
 from toys import Scripted, Signs
 from vector_runs import seed_of
 
-from foveal.agents import A2C, PPO, REINFORCE, load, load_checkpoint, newest_first, save_checkpoint
+from foveal.agents import A2C, DQN, PPO, PQN, REINFORCE, load, load_checkpoint, newest_first, save_checkpoint
 from foveal.agents.actor_critic import A2CConfig
 from foveal.agents.agent import map_tensors, to_tensors
+from foveal.agents.dqn import DQNConfig
 from foveal.agents.ppo import PPOConfig
+from foveal.agents.pqn import PQNConfig
 from foveal.agents.reinforce import REINFORCEConfig
 from foveal.agents.returns import discounted_returns
 from foveal.envs import VectorEnv, make_vec
@@ -557,10 +559,14 @@ def test_command_line_names_the_loss_and_the_step(name, flags, message, capsys, 
     assert re.search(message, line), line
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", [*QUICK, "dqn", "pqn"])
 def test_gradient_that_is_nan_is_not_yielded(name, monkeypatch):
     """The loss may still look fine when the weights are lost."""
-    agent_class, config = QUICK[name]
+    of_values = {
+        "dqn": (DQN, DQNConfig(num_envs=2, learning_starts=4, batch_size=4)),
+        "pqn": (PQN, PQNConfig(num_envs=2, num_steps=4, minibatches=1, epochs=1)),
+    }
+    agent_class, config = (QUICK | of_values)[name]
     agent = agent_class(toy(8), config, device="cpu")
     module = {"a2c": "actor_critic"}.get(name, name)
 

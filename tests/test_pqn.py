@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+from dataclasses import replace
 from typing import Any
 
 import gymnasium as gym
@@ -14,7 +15,7 @@ from gymnasium import spaces
 from foveal.agents import PQN, load, load_checkpoint, newest_first, returns, save_checkpoint
 from foveal.agents.dqn import QNetwork
 from foveal.agents.optimization import adam_state, radam_step
-from foveal.agents.pqn import RECIPES, PQNConfig, epsilon_at, learning_rate_at, q_loss, recipe
+from foveal.agents.pqn import RECIPES, PQNConfig, epsilon_at, q_loss, recipe
 from foveal.envs import make_vec
 from foveal.vision import ENCODERS, MLP, make_encoder
 
@@ -55,21 +56,39 @@ def test_q_loss_is_half_the_squared_error_of_the_chosen_action():
     assert loss.item() == pytest.approx((3.0**2 / 2 + 0.4**2 / 2) / 2)
 
 
-def test_schedules_are_linear_in_env_steps():
+def test_epsilon_is_linear_in_env_steps():
     config = PQNConfig(
         exploration_initial=1.0,
         exploration_final=0.1,
         exploration_fraction=0.5,
-        learning_rate=0.1,
-        learning_rate_final=0.02,
     )
     steps = np.array([[0, 500], [1000, 1999]])
     np.testing.assert_allclose(epsilon_at(steps, 2000, config), [[1.0, 0.55], [0.1, 0.1]])
-    assert learning_rate_at(0, 1000, config) == 0.1
-    assert learning_rate_at(500, 1000, config) == pytest.approx(0.06)
-    assert learning_rate_at(2000, 1000, config) == pytest.approx(0.02)
-    constant = PQNConfig(learning_rate=0.1, learning_rate_final=None)
-    assert learning_rate_at(500, 1000, constant) == 0.1
+
+
+def test_learning_rate_falls_linearly_where_asked():
+    config = PQNConfig(
+        num_envs=2, num_steps=10, minibatches=1, epochs=1, learning_rate=0.1, learning_rate_final=0.02
+    )
+    np.testing.assert_allclose(
+        rates_of(PQN("CartPole-v1", config, device="cpu"), 80), [0.1, 0.08, 0.06, 0.04]
+    )
+    constant = replace(config, learning_rate_final=None)
+    assert rates_of(PQN("CartPole-v1", constant, device="cpu"), 40) == [0.1, 0.1]
+
+
+def rates_of(agent, total_steps):
+    """The step sizes that a training hands to its updates."""
+    rates, update = [], agent.update
+
+    def watched(*args):
+        rates.append(args[-1])
+        return update(*args)
+
+    agent.update = watched
+    for _ in agent.training(total_steps):
+        pass
+    return rates
 
 
 class Walk(gym.Env):
@@ -106,12 +125,11 @@ def test_targets_of_a_rollout_are_those_of_a_naive_loop():
         return steps[-1]
 
     agent.env.step = step  # type: ignore[method-assign]
-    episodes: list[Any] = []
-    rollout = agent.collect(np.full(40, 0.5), episodes)
+    rollout = agent.collect(np.full(40, 0.5))
     np.testing.assert_array_equal(rollout.obs, np.stack(observed[:-1]))
     np.testing.assert_array_equal(rollout.actions, np.stack(actions))
     assert agent.obs is observed[-1]
-    assert len(episodes) == sum(step.reset.sum() for step in steps)
+    assert len(agent.episodes) == sum(step.reset.sum() for step in steps)
     terminated, truncated = (np.stack([getattr(s, k) for s in steps]) for k in ("terminated", "truncated"))
     assert (terminated & truncated).any()
     assert (truncated & ~terminated).sum() > 3
@@ -143,7 +161,7 @@ def test_epsilon_is_drawn_for_each_environment_and_step():
     with torch.no_grad():
         agent.network.head.weight.zero_()  # type: ignore[union-attr, operator]
         agent.network.head.bias.copy_(torch.tensor([0.0, 1.0, 0.0]))  # type: ignore[union-attr, operator]
-    actions = agent.collect(np.linspace(1, 0, 400), []).actions
+    actions = agent.collect(np.linspace(1, 0, 400)).actions
     explored = actions != 1  # two thirds of those that explore
     mixed = explored.any(1) & ~explored.all(1)
     assert mixed[:200].float().mean() > 0.8
@@ -156,7 +174,7 @@ def test_update_is_the_plain_algorithm():
     """Flat weights and a fused optimizer: the numbers of torch's own, on every minibatch once an epoch."""
     agent = PQN("test/Walk-v0", SMALL, seed=1, device="cpu")
     agent.start()
-    rollout = agent.collect(np.ones(16), [])
+    rollout = agent.collect(np.ones(16))
     targets = torch.randn(16, 4) * 30  # large, so that gradients are clipped
     plain = copy.deepcopy(agent.network)
     optimizer = torch.optim.RAdam(plain.parameters(), lr=1e-2)
@@ -254,7 +272,7 @@ def test_a_lost_life_ends_values_but_not_the_game():
         return step._replace(terminated=np.ones(1, bool), truncated=np.zeros(1, bool))
 
     agent.env.step = step
-    rollout = agent.collect(np.ones(20), [])
+    rollout = agent.collect(np.ones(20))
     torch.testing.assert_close(q_lambda(*rollout[2:], 0.9, 0.7), rollout.rewards)
 
 
