@@ -236,7 +236,7 @@ class Replay:
         if state.get("format") != FORMAT:
             raise ValueError(f"replay state: got format {state.get('format')}, takes {FORMAT}")
         layout = {name: ring.layout for name, ring in self._rings().items()}
-        for name in layout.keys() | state["layout"].keys():
+        for name in dict.fromkeys([*layout, *state["layout"]]):  # in one order, whatever the hash seed
             got, takes = state["layout"].get(name), layout.get(name)
             if got != takes:
                 raise ValueError(f"replay state: {name} is {got} (shape, dtype), this replay takes {takes}")
