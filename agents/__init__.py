@@ -8,7 +8,7 @@ from ..envs import VectorEnv
 from ..vision import find_weights, read_weights
 from .actor_critic import A2C
 from .agent import Agent
-from .checkpoint import load_checkpoint, newest_first, save_checkpoint, sweep
+from .checkpoint import Checkpointed, load_checkpoint, newest_first, save_checkpoint, sweep
 from .dqn import DQN
 from .ppo import PPO
 from .pqn import PQN
@@ -55,6 +55,7 @@ __all__ = [
     "PQN",
     "REINFORCE",
     "Agent",
+    "Checkpointed",
     "PolicyIteration",
     "QLearning",
     "Replay",

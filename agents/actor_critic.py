@@ -204,9 +204,10 @@ class A2C(OnPolicyAgent):
         )
         take_gradient(loss, self.parameters, self.gradients)
         clip_norm(self.gradient, config.max_grad_norm)
-        self.optimizer_step(
-            self.weights, self.gradient, self.moments, learning_rate, eps=config.optimizer_eps
-        )
+        with self.paced():
+            self.optimizer_step(
+                self.weights, self.gradient, self.moments, learning_rate, eps=config.optimizer_eps
+            )
         self.grad_step += 1
         set_training(self.modal, False)
         return losses

@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
@@ -20,6 +21,7 @@ from ..vision import (
     is_image,
     read_weights,
     refuse_imports,
+    resolve_device,
     space_from_json,
     space_to_json,
     write_weights,
@@ -125,6 +127,11 @@ class Agent:
         """Finished since the last row of metrics."""
 
     @property
+    def step(self) -> int:
+        """What checkpoints are counted in."""
+        return self.env_step
+
+    @property
     def env(self) -> VectorEnv:
         """The training environments; made at first use where the agent was loaded from a file."""
         if isinstance(self._env, UnmadeEnv):
@@ -194,16 +201,44 @@ class Agent:
         raise NotImplementedError
 
     def adopt(self, network: nn.Module) -> None:
-        """Take a network to train: on the device, all weights in one tensor and their gradient in another."""
+        """Take a network to train: on the device, all weights in one tensor and their gradient in another.
+
+        Encoders' trunks (all but the projection of a backbone) learn at `config.encoder_learning_rate`; at 0
+        they stay as they are, in evaluation mode too.
+        """
         # Convolutions' weights channels last in memory: their gradient takes a third less time on a CPU.
         self.network = network.to(self.device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        encoders = [getattr(network, name, None) for name in ("encoder", "value_encoder")]
+        trunks = nn.ModuleList(getattr(e, "trunk", e) for e in encoders if e is not None)
+        rate: float | None = getattr(self.config, "encoder_learning_rate", None)
+        if rate == 0:
+            trunks.requires_grad_(False)
         self.weights = flatten_parameters(self.network)
         self.parameters = [p for p in self.network.parameters() if p.requires_grad]
+        self.pace: Tensor | None = None
+        """Of each weight the share of the step size that it takes (P,); None where all take all of it."""
+        if rate:
+            slow = {id(p) for p in trunks.parameters()}
+            share = rate / self.config.learning_rate
+            paces = [torch.full((p.numel(),), share if id(p) in slow else 1.0) for p in self.parameters]
+            self.pace = torch.cat(paces).to(self.device)
         keep_freed_memory()
         self.gradient = torch.empty_like(self.weights, requires_grad=False)
         self.gradients = views_of(self.gradient, self.parameters)
         self.network.eval()
-        self.modal = with_modes(self.network)
+        still = set(trunks.modules()) if rate == 0 else set()
+        self.modal = [module for module in with_modes(self.network) if module not in still]
+
+    @contextmanager
+    def paced(self) -> Iterator[None]:
+        """What an optimizer's step changes within it counts by each weight's pace."""
+        if self.pace is None:
+            yield
+            return
+        weights = self.weights.detach()
+        before = weights.clone()
+        yield
+        torch.lerp(before, weights, self.pace, out=weights)
 
     def check(self, losses: Mapping[str, Tensor | float]) -> None:
         """FloatingPointError where a loss, or a weight after the step, is not finite: never to be saved."""
@@ -327,21 +362,6 @@ def _encoder_name(path: Path, description: dict[str, Any]) -> str:
     for part in str(name).split("+"):
         refuse_imports(part, path)
     return name
-
-
-def resolve_device(device: str) -> torch.device:
-    """auto means cuda where there is one. ValueError for a device that is not here."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        resolved = torch.device(device)
-        torch.zeros(1, device=resolved)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device must be auto, cpu or a device of this machine, got {device!r}: {reason}"
-        ) from error
-    return resolved
 
 
 def random_streams(seed: int) -> tuple[np.random.Generator, torch.Generator, np.random.Generator, int]:

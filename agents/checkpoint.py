@@ -1,7 +1,7 @@
 """Checkpoints: everything that training needs to go on as if it had never stopped.
 
     checkpoints/step-000000050000/
-        agent.safetensors       weights and description; loads by itself as an agent
+        weights.safetensors     weights and description; loads by itself as an agent
         training.safetensors    optimizer, target network, random streams, environments, counters
         replay-*.safetensors    pieces of the replay, hard-linked where they did not change since the last one
 
@@ -10,24 +10,45 @@ A folder of that name is whole: it is written beside its name, flushed, and rena
 
 import os
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
 from ..vision import read_weights, write_weights
-from .agent import Agent
 
 
-def save_checkpoint(agent: Agent, checkpoints: Path, keep: int = 2) -> Path:
+class Checkpointed(Protocol):
+    """What a checkpoint asks of an agent or a model."""
+
+    name: ClassVar[str]
+    resumable: ClassVar[bool]
+
+    @property
+    def step(self) -> int: ...
+
+    def save(self, path: str | Path) -> Path: ...
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]: ...
+
+    def segments(self) -> Iterable[tuple[str, Callable[[], dict[str, Tensor]]]]: ...
+
+    def restore(
+        self, tensors: dict[str, Tensor], meta: dict[str, Any], load: Callable[[str], dict[str, Tensor]]
+    ) -> bool: ...
+
+
+def save_checkpoint(agent: Checkpointed, checkpoints: Path, keep: int = 2) -> Path:
     """Write a checkpoint of `agent` below the folder `checkpoints`; keep the newest `keep` of them."""
-    whole = checkpoints / f"step-{agent.env_step:012d}"
+    whole = checkpoints / f"step-{agent.step:012d}"
     if whole.exists():
         return whole
     partial = checkpoints / f".{whole.name}.{os.getpid()}.partial"
     previous = next(iter(newest_first(checkpoints)), None)
     partial.mkdir(parents=True)
     try:
-        agent.save(partial / "agent.safetensors")
+        agent.save(partial / "weights.safetensors")
         if agent.resumable:
             tensors, meta = agent.state()
             write_weights(partial / "training.safetensors", tensors, {"meta": meta})
@@ -45,7 +66,7 @@ def save_checkpoint(agent: Agent, checkpoints: Path, keep: int = 2) -> Path:
     return whole
 
 
-def load_checkpoint(path: Path, agent: Agent) -> bool:
+def load_checkpoint(path: Path, agent: Checkpointed) -> bool:
     """Bring `agent`, built from this checkpoint's weights file, to where the checkpoint was taken.
 
     Returns False where an environment could not be brought back exactly and starts a new episode. Raises

@@ -19,7 +19,7 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from ..envs import VectorEnv
-from ..vision import make_encoder
+from ..vision import make_encoder, resolve_device
 from .agent import (
     Agent,
     Report,
@@ -28,7 +28,6 @@ from .agent import (
     map_tensors,
     passes,
     random_streams,
-    resolve_device,
     rng_from_json,
     rng_to_json,
     to_tensors,
@@ -57,6 +56,9 @@ class DQNConfig:
     """Adam's step size."""
     learning_rate_final: float | None = None
     """Step size that `learning_rate` falls to, linearly over the training; None keeps it constant."""
+    encoder_learning_rate: float | None = None
+    """Step size of the encoder (of a backbone: without its projection), in proportion where `learning_rate`
+    falls; 0 freezes it, None is `learning_rate`."""
     batch_size: int = 128
     """Transitions in one gradient step."""
     buffer_size: int = 50_000
@@ -100,8 +102,9 @@ class DQNConfig:
         for name in ("learning_rate", "max_grad_norm", "adam_eps"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
-        if self.learning_rate_final is not None and not self.learning_rate_final >= 0:
-            raise ValueError(f"learning_rate_final must be 0 or more, got {self.learning_rate_final}")
+        for name in ("learning_rate_final", "encoder_learning_rate"):
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("gamma", "exploration_initial", "exploration_final"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
@@ -351,7 +354,8 @@ class DQN(Agent):
                 loss = self.loss(network, obs, actions, target)
                 take_gradient(loss, self.parameters, self.gradients)
                 clip_norm(self.gradient, config.max_grad_norm)
-                adam_step(self.weights, self.gradient, self.adam, learning_rate, config.adam_eps)
+                with self.paced():
+                    adam_step(self.weights, self.gradient, self.adam, learning_rate, config.adam_eps)
                 loss_sum += loss.detach()
             self.grad_step += shape[0]
         set_training(self.modal, False)

@@ -33,6 +33,9 @@ class PolicyConfig:
     """The optimizer's step size."""
     learning_rate_final: float | None = None
     """Step size that `learning_rate` falls to, linearly over the training; None keeps it constant."""
+    encoder_learning_rate: float | None = None
+    """Step size of the encoder (of a backbone: without its projection), in proportion where `learning_rate`
+    falls; 0 freezes it, None is `learning_rate`."""
     gamma: float = 0.99
     """Discount a step, in [0, 1]."""
     entropy_coefficient: float = 0.0
@@ -64,7 +67,12 @@ class PolicyConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
-        for name in ("learning_rate_final", "entropy_coefficient", "value_coefficient"):
+        for name in (
+            "learning_rate_final",
+            "encoder_learning_rate",
+            "entropy_coefficient",
+            "value_coefficient",
+        ):
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         if not 0 <= self.gamma <= 1:

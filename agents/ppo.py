@@ -311,7 +311,8 @@ class PPO(OnPolicyAgent):
                 take_gradient(loss, self.parameters, self.gradients)
                 clip_norm(self.gradient, config.max_grad_norm)
                 if config.target_kl is None:
-                    adam_step(self.weights, self.gradient, self.adam, learning_rate, config.adam_eps)
+                    with self.paced():
+                        adam_step(self.weights, self.gradient, self.adam, learning_rate, config.adam_eps)
                 else:  # a mask instead of a break, so that nothing waits for the device
                     going = going & (losses[3] <= 1.5 * config.target_kl)
                     self.masked_step(going, learning_rate)
@@ -348,7 +349,8 @@ class PPO(OnPolicyAgent):
         """A step of Adam that leaves everything as it was where `going` is False."""
         tensors = (self.weights.detach(), *self.adam)
         before = [tensor.clone() for tensor in tensors]
-        adam_step(self.weights, self.gradient, self.adam, learning_rate, self.config.adam_eps)
+        with self.paced():
+            adam_step(self.weights, self.gradient, self.adam, learning_rate, self.config.adam_eps)
         for tensor, old in zip(tensors, before):
             torch.where(going, tensor, old, out=tensor)
 

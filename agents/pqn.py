@@ -62,6 +62,9 @@ class PQNConfig:
     """RAdam's step size."""
     learning_rate_final: float | None = 0.0
     """Step size that `learning_rate` falls to, linearly over the training; None keeps it constant."""
+    encoder_learning_rate: float | None = None
+    """Step size of the encoder (of a backbone: without its projection), in proportion where `learning_rate`
+    falls; 0 freezes it, None is `learning_rate`."""
     gamma: float = 0.99
     """Discount a step, in [0, 1]."""
     q_lambda: float = 0.65
@@ -88,8 +91,9 @@ class PQNConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
-        if self.learning_rate_final is not None and not self.learning_rate_final >= 0:
-            raise ValueError(f"learning_rate_final must be 0 or more, got {self.learning_rate_final}")
+        for name in ("learning_rate_final", "encoder_learning_rate"):
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
         for name in ("gamma", "q_lambda", "exploration_initial", "exploration_final"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be between 0 and 1, got {getattr(self, name)}")
@@ -326,7 +330,8 @@ class PQN(Agent):
                 loss = self.loss(network, map_tensors(pick, obs), pick(actions), pick(targets))
                 take_gradient(loss, self.parameters, self.gradients)
                 clip_norm(self.gradient, config.max_grad_norm)
-                radam_step(self.weights, self.gradient, self.radam, learning_rate)
+                with self.paced():
+                    radam_step(self.weights, self.gradient, self.radam, learning_rate)
                 loss_sum += loss.detach()
                 self.grad_step += 1
         set_training(self.modal, False)

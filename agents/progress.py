@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 __all__ = ["progress"]
 
 COLUMNS = {  # row key: how it is shown; a key that never came is left out
+    "train/loss": "loss {:.3g}",
+    "train/accuracy": "accuracy {:.1%}",
+    "validation/accuracy": "validation {:.2%}",
     "train/return_mean": "return {:,.1f}",
     "eval/return_mean": "eval {:,.1f}",
     "train/epsilon": "epsilon {:.2f}",
@@ -38,15 +41,16 @@ SPEED_WINDOW_S = (
 
 @contextmanager
 def progress(
-    total_steps: int, start: int = 0, *, enabled: bool = True, label: str = ""
+    total_steps: int, start: int = 0, *, enabled: bool = True, label: str = "", axis: str = "env_step"
 ) -> Iterator[Callable[[Mapping[str, Any]], None]]:
     """Give a function that takes a metrics row and shows it.
 
     Args:
-        total_steps: env steps at the end of the training.
-        start: env steps already done (a resumed run); they do not count into the speed.
+        total_steps: steps at the end of the training.
+        start: steps already done (a resumed run); they do not count into the speed.
         enabled: False gives a function that does nothing.
         label: what is being trained, shown in front.
+        axis: what steps are: env_step or grad_step.
 
     The function may be called as often as wished: in between redraws a row costs a few microseconds. Rows
     need no particular keys; the last value of each is shown. No thread is started, because environments and
@@ -56,7 +60,7 @@ def progress(
     if not enabled:
         yield lambda row: None
         return
-    meter = Meter(total_steps, start, label)
+    meter = Meter(total_steps, start, label, axis)
     # Decided without rich, which takes 50 ms to import.
     if sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
         display = live_display(meter)
@@ -69,16 +73,16 @@ def progress(
 class Meter:
     """Steps done, speed, and the last value of every column."""
 
-    def __init__(self, total_steps: int, start: int, label: str) -> None:
-        self.total, self.step, self.label = total_steps, start, label
+    def __init__(self, total_steps: int, start: int, label: str, axis: str = "env_step") -> None:
+        self.total, self.step, self.label, self.axis = total_steps, start, label, axis
         self.began = time.monotonic()
         self.values: dict[str, str] = {}
-        self.samples = deque([(self.began, start)])  # (s, env steps), at most one per redraw
+        self.samples = deque([(self.began, start)])  # (s, steps), at most one per redraw
 
     def take(self, row: Mapping[str, Any]) -> float:
         """Remember a row; the time of it, in seconds."""
         now = time.monotonic()
-        self.step = row.get("env_step", self.step)
+        self.step = row.get(self.axis, self.step)
         for key, form in COLUMNS.items():
             value = row.get(key)
             if value is not None:
@@ -91,7 +95,7 @@ class Meter:
 
     @property
     def speed(self) -> float:
-        """Env steps a second of late; 0 before the first row."""
+        """Steps a second of late; 0 before the first row."""
         seconds = time.monotonic() - self.samples[0][0]
         return (self.step - self.samples[0][1]) / seconds if seconds > 0 else 0.0
 

@@ -155,7 +155,8 @@ class REINFORCE(OnPolicyAgent):
         loss, losses = self.loss(rollout)
         take_gradient(loss, self.parameters, self.gradients)
         clip_norm(self.gradient, self.config.max_grad_norm)
-        adam_step(self.weights, self.gradient, self.adam, learning_rate, self.config.adam_eps)
+        with self.paced():
+            adam_step(self.weights, self.gradient, self.adam, learning_rate, self.config.adam_eps)
         self.grad_step += 1
         set_training(self.modal, False)
         return losses

@@ -22,10 +22,12 @@ import tyro
 COMMANDS = """\
 usage: foveal COMMAND ...
 
-  train AGENT    train an agent into a run folder; `foveal train AGENT --help` shows every setting
+  train NAME     train an agent, or a classifier of images, into a run folder; `foveal train NAME --help`
+                 shows every setting
   resume RUN     go on with a stopped or killed run, as if it had never stopped
-  evaluate RUN   score what was trained on fresh episodes
-  list           agents, encoders, environments, and the runs of a results folder
+  evaluate RUN   score what was trained on fresh episodes, or on test images
+  explain RUN    show what a trained network looks at
+  list           agents, models, encoders, backbones, environments, and the runs of a results folder
 
 `foveal COMMAND --help` says more. Nothing needs an account or a network.
 """
@@ -38,6 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         "train": train_command,
         "resume": resume_command,
         "evaluate": evaluate_command,
+        "explain": explain_command,
         "list": list_command,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -66,38 +69,85 @@ def main(argv: list[str] | None = None) -> int:
 
 def train_command(arguments: list[str]) -> int:
     from ..agents import AGENTS
+    from .fit import MODELS
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(f"usage: foveal train NAME ...\n\nagents: {', '.join(AGENTS)}")
+        print(f"models of images: {', '.join(MODELS)}")
+        print("`foveal train NAME --help` shows every setting.")
+        return 0 if arguments else 2
+    name, rest = arguments[0], arguments[1:]
+    if name in MODELS:
+        return train_model(name, rest)
+    if name not in AGENTS:
+        return _refuse(_unknown("agent or model", name, [*AGENTS, *MODELS]))
     from .seeds import train_seeds
     from .train import Options, make_agent, train
 
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(f"usage: foveal train AGENT ...\n\nagents: {', '.join(AGENTS)}")
-        print("`foveal train AGENT --help` shows every setting.")
-        return 0 if arguments else 2
-    name, rest = arguments[0], arguments[1:]
-    if name not in AGENTS:
-        return _refuse(_unknown("agent", name, AGENTS))
-
-    # The defaults shown by --help and used where a flag is absent are the recipe of the environment.
-    field = re.sub(r"\W", "_", name)
-    options = functools.partial(Options, **AGENTS[name].run_options)
     recipe = AGENTS[name].recipe(_flag(rest, "env-id") or Options.env_id)
-    command = dataclasses.make_dataclass(
-        "Command",
-        [
-            ("training", Options, dataclasses.field(default_factory=options)),
-            (field, AGENTS[name].Config, dataclasses.field(default_factory=lambda: recipe)),
-            ("several", Seeds, dataclasses.field(default_factory=Seeds)),
-        ],
-    )
-    command.__doc__ = f"Train {name} into a new run folder. Settings default to the recipe for --env-id."
-    given: Any = _parse(command, f"foveal train {name}", rest)
-    config = getattr(given, field)
+    options = functools.partial(Options, **AGENTS[name].run_options)
+    about = f"Train {name} into a new run folder. Settings default to the recipe for --env-id."
+    given, config = _parse_training(name, rest, about, options, recipe)
     if given.several.seeds > 1:
         last = dataclasses.replace(given.training, seed=given.training.seed + given.several.seeds - 1)
         make_agent(name, last, config).env.close()  # what cannot be taken is told once, here
         return train_seeds(name, rest, given.training, given.several.seeds, given.several.jobs)
     run = train(name, given.training, config)
     return 0 if run.summary["state"] == "finished" else 130
+
+
+def train_model(name: str, rest: list[str]) -> int:
+    from .fit import MODELS, FitOptions, fit, make_model, open_dataset
+    from .seeds import train_seeds
+
+    recipe = MODELS[name].recipe(_flag(rest, "backbone"))
+    about = f"Train {name} into a new run folder. Settings default to the recipe for --backbone."
+    checks = {"checks": Checks} if name == "classifier" else {}
+    given, config = _parse_training(name, rest, about, FitOptions, recipe, **checks)
+    options = given.training
+    if checks and given.checks.any:
+        from .checks import check_classifier
+
+        return check_classifier(options, config, given.checks.find_lr, given.checks.overfit_one_batch)
+    if given.several.seeds > 1:
+        make_model(name, options, config, open_dataset(options))  # what cannot be taken is told once, here
+        return train_seeds(name, rest, options, given.several.seeds, given.several.jobs, "test/error")
+    run = fit(name, options, config)
+    return 0 if run.summary["state"] == "finished" else 130
+
+
+def _parse_training(
+    name: str, rest: list[str], about: str, options: Callable[[], Any], recipe: Any, **more: Any
+) -> tuple[Any, Any]:
+    """The parsed command, and the Config in it. The defaults shown by --help are those of the recipe."""
+    field = re.sub(r"\W", "_", name)
+    kind = options.func if isinstance(options, functools.partial) else options
+    command = dataclasses.make_dataclass(
+        "Command",
+        [
+            ("training", kind, dataclasses.field(default_factory=options)),
+            (field, type(recipe), dataclasses.field(default_factory=lambda: recipe)),
+            ("several", Seeds, dataclasses.field(default_factory=Seeds)),
+            *((key, part, dataclasses.field(default_factory=part)) for key, part in more.items()),
+        ],
+    )
+    command.__doc__ = about
+    given = _parse(command, f"foveal train {name}", rest)
+    return given, getattr(given, field)
+
+
+@dataclass(frozen=True)
+class Checks:
+    """What people try before a long training; neither makes a run folder."""
+
+    find_lr: bool = False
+    """Try growing step sizes for some steps, draw the loss, and suggest a learning_rate."""
+    overfit_one_batch: bool = False
+    """Learn one batch by heart, without augmentation and penalties: a right network gets a loss near 0."""
+
+    @property
+    def any(self) -> bool:
+        return self.find_lr or self.overfit_one_batch
 
 
 @dataclass(frozen=True)
@@ -123,6 +173,8 @@ class Resume:
     """Run folder."""
     total_steps: int | None = None
     """Environment steps to reach, where more are wanted than the run was started with; schedules stretch."""
+    epochs: float | None = None
+    """The same of a model's run: passes over the training images."""
     checkpoint: str | None = None
     """Another checkpoint than the newest: the name of a folder in RUN/checkpoints."""
     progress: bool = True
@@ -134,15 +186,25 @@ class Resume:
 def resume_command(arguments: list[str]) -> int:
     given = _parse(Resume, "foveal resume", arguments)
     _import(given.imports)
+    from .fit import MODELS, resume_fit
+    from .run import open_run
     from .train import resume
 
-    run = resume(given.run, given.total_steps, given.checkpoint, given.progress)
+    if open_run(given.run).config.get("agent") in MODELS:
+        if given.total_steps is not None:
+            raise ValueError(f"{given.run} is a model's run: it takes --epochs, not --total-steps")
+        run = resume_fit(given.run, given.epochs, given.checkpoint, given.progress)
+    else:
+        if given.epochs is not None:
+            raise ValueError(f"{given.run} is an agent's run: it takes --total-steps, not --epochs")
+        run = resume(given.run, given.total_steps, given.checkpoint, given.progress)
     return 0 if run.summary["state"] == "finished" else 130
 
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Score a run's best checkpoint (its last one where none was chosen) on fresh episodes."""
+    """Score a run's best checkpoint (its last one where none was chosen): an agent on fresh episodes, a model
+    on the test images of its dataset."""
 
     run: tyro.conf.Positional[Path]
     """Run folder, checkpoint folder or weights file."""
@@ -154,6 +216,10 @@ class Evaluate:
     """Environments stepped side by side."""
     deterministic: bool = True
     """Greedy actions; --no-deterministic acts with the agent's own randomness, which is then reported."""
+    dataset: str | None = None
+    """A model's: another dataset than the run's, of the same images and classes."""
+    data_dir: Path | None = None
+    """A model's: where the dataset's files are."""
     json: bool = False
     """Print one JSON object instead of text."""
     video: Path | None = None
@@ -167,6 +233,10 @@ class Evaluate:
 def evaluate_command(arguments: list[str]) -> int:
     given = _parse(Evaluate, "foveal evaluate", arguments)
     _import(given.imports)
+    from ..vision import find_weights, read_weights
+
+    if "model" in read_weights(find_weights(given.run))[1]:
+        return evaluate_model(given)
     from ..agents import load
     from .evaluation import evaluate, score_text
     from .video import record
@@ -191,12 +261,42 @@ def evaluate_command(arguments: list[str]) -> int:
     return 0
 
 
+def evaluate_model(given: Evaluate) -> int:
+    from .classify import result_text, score
+    from .fit import load_run
+
+    model, dataset = load_run(given.run, given.dataset, given.data_dir, given.device)
+    result = score(model, dataset)
+    if given.json:
+        print(
+            json.dumps({"model": model.name, "dataset": dataset.name, "grad_step": model.grad_step} | result)
+        )
+    else:
+        print(f"{model.name} on {dataset.name}, weights of gradient step {model.grad_step:,}")
+        print(result_text(result))
+    return 0
+
+
+def explain_command(arguments: list[str]) -> int:
+    from .explain import Explain, explain
+
+    given = _parse(Explain, "foveal explain", arguments)
+    _import(given.imports)
+    return explain(given)
+
+
 @dataclass(frozen=True)
 class List:
     """What there is to train with, and what has been trained."""
 
-    what: tyro.conf.Positional[Literal["all", "agents", "encoders", "environments", "runs"]] = "all"
-    """Which list; all leaves the long one of environments out."""
+    what: tyro.conf.Positional[
+        Literal["all", "agents", "models", "encoders", "backbones", "environments", "runs"]
+    ] = "all"
+    """Which list; all leaves the long ones of environments and backbones out."""
+    input_shape: tuple[int, ...] = ()
+    """Of encoders and backbones: show parameters, output shapes and milliseconds a batch for images C H W."""
+    batch_size: int = 32
+    """Of that batch."""
     contains: Annotated[str, tyro.conf.arg(metavar="TEXT")] = ""
     """Only environments whose id contains this."""
     results: Path = Path("results")
@@ -207,17 +307,25 @@ def list_command(arguments: list[str]) -> int:
     given = _parse(List, "foveal list", arguments)
     from ..agents import AGENTS
     from ..envs import list_env_ids
-    from ..vision import ENCODERS
-    from .listing import print_runs
+    from ..vision import BACKBONES, ENCODERS
+    from .fit import MODELS
+    from .listing import measure_encoders, print_runs
 
-    def first_line(thing: Any) -> str:
-        return (thing.__doc__ or "").strip().splitlines()[0]
-
-    for what, registry in (("agents", AGENTS), ("encoders", ENCODERS)):
-        if given.what in ("all", what):
+    registries: dict[str, dict[str, Any]] = {
+        "agents": AGENTS,
+        "models": MODELS,
+        "encoders": ENCODERS,
+        "backbones": BACKBONES,
+    }
+    for what, registry in registries.items():
+        if given.what == what or (given.what == "all" and what != "backbones" and not given.input_shape):
             print(what)
             for name, thing in registry.items():
-                print(f"  {name:<16} {first_line(thing)}")
+                print(f"  {name:<16} {_first_line(thing)}")
+    if given.input_shape and given.what in ("all", "encoders", "backbones"):
+        measure_encoders(
+            given.input_shape, given.batch_size, BACKBONES if given.what == "backbones" else ENCODERS
+        )
     if given.what == "environments" or given.contains:
         for env_id in list_env_ids():
             if given.contains.lower() in env_id.lower():
@@ -225,6 +333,10 @@ def list_command(arguments: list[str]) -> int:
     if given.what == "runs" or (given.what == "all" and given.results.is_dir()):
         print_runs(given.results)
     return 0
+
+
+def _first_line(thing: Any) -> str:
+    return (thing.__doc__ or "").strip().splitlines()[0]
 
 
 def _import(modules: tuple[str, ...]) -> None:

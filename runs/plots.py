@@ -42,7 +42,7 @@ def learning_curve(
 
     The file is replaced at once, never half-written. Raises `OSError` where it cannot be written.
     """
-    return _write(
+    return write_png(
         draw_learning_curve(rows, title=title, baseline=baseline, best=best, steps_are=steps_are), path
     )
 
@@ -109,13 +109,13 @@ def draw_learning_curve(
     axes.set_title(title, fontsize=16, loc="left", pad=12)
     axes.set_xlabel(steps_are, fontsize=13)
     axes.set_ylabel("score per episode (undiscounted return)", fontsize=13)
-    _dress(axes, ticks=10)
+    dress(axes, ticks=10)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=12, framealpha=0.9, edgecolor="#e3e7eb", loc="best")
     return figure
 
 
-def _dress(axes: Axes, ticks: int) -> None:
+def dress(axes: Axes, ticks: int) -> None:
     """Numbers as people write them, a light grid, no box."""
     from matplotlib.ticker import EngFormatter, MaxNLocator, StrMethodFormatter
 
@@ -130,7 +130,7 @@ def _dress(axes: Axes, ticks: int) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _write(figure: Figure, path: str | Path) -> Path:
+def write_png(figure: Figure, path: str | Path) -> Path:
     path = Path(path)
     beside = path.with_name(f".{path.name}.tmp")
     try:
@@ -155,7 +155,7 @@ def _series(rows: Sequence[Mapping[str, Any]], *keys: str) -> tuple[np.ndarray, 
 
 def values_on_map(q: np.ndarray, rows: Sequence[str], path: str | Path, *, title: str = "") -> Path:
     """Write `draw_values_on_map`'s figure to `path`, a PNG; replaced at once, as in `learning_curve`."""
-    return _write(draw_values_on_map(q, rows, title=title), path)
+    return write_png(draw_values_on_map(q, rows, title=title), path)
 
 
 def draw_values_on_map(q: np.ndarray, rows: Sequence[str], *, title: str = "") -> Figure:
@@ -248,7 +248,7 @@ def comparison(runs: Runs, path: str | Path, *, targets: Mapping[str, float] | N
 
     The file is replaced at once, never half-written. Raises `OSError` where it cannot be written.
     """
-    return _write(draw_comparison(runs, targets=targets), path)
+    return write_png(draw_comparison(runs, targets=targets), path)
 
 
 def draw_comparison(runs: Runs, *, targets: Mapping[str, float] | None = None) -> Figure:
@@ -296,7 +296,7 @@ def draw_comparison(runs: Runs, *, targets: Mapping[str, float] | None = None) -
             axes.set_xlabel("environment steps", fontsize=12)
         if number % columns == 1 % columns:
             axes.set_ylabel("score per episode", fontsize=12)
-        _dress(axes, ticks=7)
+        dress(axes, ticks=7)
         # Above the panel, where it hides no line.
         entries = len(axes.get_legend_handles_labels()[0])
         axes.set_title(env, fontsize=14, loc="left", pad=8 + 17 * math.ceil(entries / 3))

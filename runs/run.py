@@ -101,12 +101,12 @@ class Run:
         self.config.update(values)
         _write_json(self.path / "config.json", self.config)
 
-    def rewind(self, env_step: int) -> None:
-        """Forget the rows after `env_step`, of a run that is not on and will go on differently from there.
+    def rewind(self, step: int) -> None:
+        """Forget the rows after `step`, of a run that is not on and will go on differently from there.
 
         W&B's offline files, which are a view of the rows, go too: the next start writes them anew.
         """
-        rows = [row for row in self.rows() if row.get("env_step", 0) <= env_step]
+        rows = [row for row in self.rows() if row[axis_of(row)] <= step]
         if len(rows) == len(self.rows()):
             return
         metrics = self.path / "metrics.jsonl"
@@ -309,7 +309,8 @@ def resume_run(path: str | Path, *, track: str | None = None) -> Run:
 
 def list_runs(results: str | Path) -> list[dict[str, Any]]:
     """One dict for each run of `results`, oldest first: path, group, name, started, agent, env_id, seed,
-    state, score, wall_s, and how far it came on each axis (env_step, grad_step, epoch). None: it has none.
+    state, score, test_error, wall_s, and how far it came on each axis (env_step, grad_step, epoch). None: it
+    has none.
 
     A folder that cannot be read has path, group, name, state "damaged" and an "error". Raises
     `FileNotFoundError` if `results` is no folder."""
@@ -339,6 +340,7 @@ def _describe(run: Run) -> dict[str, Any]:
         **{axis: max((row[axis] for row in rows if axis in row), default=None) for axis in AXES},
         "state": state,
         "score": summary.get("eval/return_mean"),
+        "test_error": summary.get("test/error"),
         "wall_s": summary.get("wall_s"),
     }
 

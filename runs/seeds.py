@@ -10,13 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from .lifecycle import signal_handlers
 from .run import open_run
 from .statistics import bootstrap_ci, iqm
-from .train import signal_handlers
 
 
-def train_seeds(agent: str, arguments: list[str], options: Any, seeds: int, jobs: int) -> int:
-    """Train `seeds` consecutive seeds, `jobs` at a time, and print their scores together.
+def train_seeds(
+    agent: str, arguments: list[str], options: Any, seeds: int, jobs: int, key: str = "eval/return_mean"
+) -> int:
+    """Train `seeds` consecutive seeds, `jobs` at a time, and print their scores together: what summary.json
+    has under `key`.
 
     `arguments` are those of `foveal train AGENT`, with the seed's own put behind them. Ctrl-C reaches every
     process by itself and SIGTERM is passed on; each saves what it has. Returns the largest exit code.
@@ -52,15 +55,16 @@ def train_seeds(agent: str, arguments: list[str], options: Any, seeds: int, jobs
     with signal_handlers(handlers), ThreadPoolExecutor(jobs) as pool:
         results = list(pool.map(one, numbers))
     folders = [folder for _, folder in results if folder is not None]
-    scores = [open_run(folder).summary["eval/return_mean"] for folder in folders]
+    scores = [open_run(folder).summary[key] for folder in folders]
     for seed, (code, folder) in zip(numbers, results):
         state = folder if folder is not None else f"did not finish (exit code {code})"
         print(f"seed {seed}: {state}")
     if scores:
         low, high = bootstrap_ci(scores)
+        what, form = ("score", ".1f") if key == "eval/return_mean" else (key, ".4f")
         print(
-            f"score over {len(scores)} seeds: mean {np.mean(scores):.1f} "
-            f"(95 % interval {low:.1f} to {high:.1f}), IQM {iqm(scores):.1f}, "
-            f"lowest {min(scores):.1f}, highest {max(scores):.1f}"
+            f"{what} over {len(scores)} seeds: mean {np.mean(scores):{form}} "
+            f"(95 % interval {low:{form}} to {high:{form}}), IQM {iqm(scores):{form}}, "
+            f"lowest {min(scores):{form}}, highest {max(scores):{form}}"
         )
     return max(code for code, _ in results)

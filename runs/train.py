@@ -3,13 +3,8 @@
 import json
 import os
 import shlex
-import shutil
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +13,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from ..agents import AGENTS, Agent, TabularAgent, load, load_checkpoint, newest_first, save_checkpoint, sweep
+from ..agents import AGENTS, Agent, TabularAgent, load, newest_first, save_checkpoint, sweep
 from ..agents.agent import passes
 from ..agents.progress import progress as progress_display
 from ..envs import grid_map, make_vec
@@ -30,6 +25,16 @@ from .evaluation import (
     random_policy_return,
     score_text,
     validation_seed,
+)
+from .lifecycle import (
+    closing,
+    imports_of,
+    is_resumable,
+    keep_first_checkpoint,
+    load_chosen,
+    resume_command,
+    say,
+    stop_signals,
 )
 from .plots import learning_curve, values_on_map
 from .run import Run, create_run, open_run, resume_run
@@ -173,14 +178,8 @@ def train(agent_name: str, options: Options, config: Any) -> Run:
         track=options.track,
         parents=[find_weights(options.init_from)] if options.init_from else [],
     )
-    try:
-        save_checkpoint(agent, run.path / "checkpoints")  # so that a run can be resumed from its first moment
-    except BaseException:  # no room even for that: leave nothing behind
-        with suppress(OSError):
-            run.finish("failed")
-        shutil.rmtree(run.path, ignore_errors=True)
-        raise
-    with _closing(run):
+    keep_first_checkpoint(run, agent)
+    with closing(run):
         return _train(run, agent, options)
 
 
@@ -193,24 +192,13 @@ def resume(path: Path, total_steps: int | None, checkpoint: str | None, progress
     """
     run = open_run(path)
     path, stored = run.path, _options_of(run)
-    if not _is_resumable(run):
+    if not is_resumable(run):
         raise ValueError(
             f"{path}: {run.config['agent']} runs cannot be resumed: Stable-Baselines3 keeps neither "
             f"its replay nor its random state; to train on from the weights: {resume_command(run)}"
         )
     options = replace(stored, progress=progress, total_steps=total_steps or stored.total_steps)
-    checkpoints = newest_first(path / "checkpoints")
-    chosen = next((folder for folder in checkpoints if checkpoint in (None, folder.name)), None)
-    if chosen is None:
-        names = ", ".join(folder.name for folder in checkpoints) or "none"
-        raise FileNotFoundError(f"{path} has no checkpoint {checkpoint or ''} to resume from; it has {names}")
-    try:
-        agent = load(chosen, device=options.device)
-        exact = load_checkpoint(chosen, agent)
-    except (ValueError, FileNotFoundError) as error:
-        older = next((folder.name for folder in checkpoints if folder < chosen), None)
-        hint = f"; to go on from the one before it: --checkpoint {older}" if older else ""
-        raise ValueError(f"{error}{hint}") from error
+    agent, exact, chosen = load_chosen(run, checkpoint, lambda folder: load(folder, device=options.device))
     if agent.env_step >= options.total_steps and run.summary.get("state") == "finished":
         raise ValueError(
             f"{path} is finished: {agent.env_step:,} of {options.total_steps:,} steps; "
@@ -221,7 +209,7 @@ def resume(path: Path, total_steps: int | None, checkpoint: str | None, progress
     changed = options.total_steps != stored.total_steps
     if changed or not exact:
         run.rewind(agent.env_step)
-        best = path / "checkpoints" / "best" / "agent.safetensors"
+        best = path / "checkpoints" / "best" / "weights.safetensors"
         if best.exists() and read_weights(best)[1]["env_step"] > agent.env_step:
             best.unlink()
     if changed:
@@ -232,7 +220,7 @@ def resume(path: Path, total_steps: int | None, checkpoint: str | None, progress
     if not exact:
         run.summarize({"resume_exact": False})
         say("an environment could not be replayed to where it was, and starts a new episode")
-    with _closing(run):
+    with closing(run):
         return _train(run, agent, options)
 
 
@@ -271,7 +259,7 @@ def _train(run: Run, agent: Agent, options: Options) -> Run:
                 if result["eval/return_mean"] >= best or agent.converged:
                     best = result["eval/return_mean"]
                     (checkpoints / "best").mkdir(exist_ok=True)
-                    agent.save(checkpoints / "best" / "agent.safetensors")
+                    agent.save(checkpoints / "best" / "weights.safetensors")
             wall_s = row["time/wall_s"] = time.perf_counter() - clock
             run.log(row)
             show(row)
@@ -300,33 +288,13 @@ def default_threads(space: spaces.Space) -> int:
     return (os.cpu_count() or 1) if any(is_image(part) for part in parts) else 1
 
 
-def _is_resumable(run: Run) -> bool:
-    agent = AGENTS.get(run.config["agent"])
-    return agent is None or agent.resumable
-
-
-def resume_command(run: Run) -> str:
-    """What goes on with a run: where it cannot be resumed, a new one from its weights."""
-    if not _is_resumable(run):
-        agent, env_id = run.config["agent"], shlex.quote(run.config["env_id"])
-        return f"foveal train {agent} --env-id {env_id} --init-from {shlex.quote(str(run.path))}"
-    return f"foveal resume {shlex.quote(str(run.path))}{imports_of(run)}"
-
-
-def imports_of(run: Run) -> str:
-    """What a command about this run must import, since a file alone imports nothing."""
-    names = (run.config["env_id"], *(run.config["encoder"] or "").split("+"))
-    modules = dict.fromkeys(name.rpartition(":")[0] for name in names if ":" in name)
-    return "".join(f" --import {module}" for module in modules)
-
-
 def _conclude(run: Run, agent: Agent, options: Options, wall_s: float) -> None:
     """Score the run on fresh episodes, draw its curve, film its policy, and say where all of it is."""
     if options.progress:
         print(f"scoring on {options.final_episodes} fresh episodes ...", file=sys.stderr, flush=True)
     last = evaluate(agent, options.final_episodes)
     scored, score, what = agent, last, "last weights"
-    best = run.path / "checkpoints" / "best" / "agent.safetensors"
+    best = run.path / "checkpoints" / "best" / "weights.safetensors"
     if best.exists():
         scored = load(best, device=str(agent.device))
         score, what = evaluate(scored, options.final_episodes), f"best checkpoint, step {scored.env_step:,}"
@@ -372,7 +340,7 @@ def _conclude(run: Run, agent: Agent, options: Options, wall_s: float) -> None:
             say(f"video: {film}")
         except (NoVideo, OSError) as reason:  # the training is done and saved: a film is worth no failure
             say(f"video: none ({reason})")
-    chosen = best if best.exists() else newest_first(run.path / "checkpoints")[0] / "agent.safetensors"
+    chosen = best if best.exists() else newest_first(run.path / "checkpoints")[0] / "weights.safetensors"
     run.artifact("agent", "model", chosen, {"env_step": scored.env_step})
     say(f"weights: {chosen}")
     say(f"run folder: {run.path}")
@@ -387,59 +355,3 @@ def _validated(run: Run, chosen: Agent) -> tuple[int, float] | None:
     scores = {row["env_step"]: row["eval/return_mean"] for row in run.rows() if "eval/return_mean" in row}
     step = chosen.env_step
     return (step, scores[step]) if step in scores else None
-
-
-@contextmanager
-def _closing(run: Run) -> Iterator[None]:
-    """A run that raises is marked: stopped by Ctrl-C or SIGTERM, else failed. What was saved stays."""
-
-    def terminate(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
-
-    try:
-        with signal_handlers({signal.SIGTERM: terminate}):
-            yield
-    except BaseException as error:
-        on_purpose = isinstance(error, KeyboardInterrupt | SystemExit)
-        with suppress(OSError):  # the disk may be full, which must not hide what happened
-            run.finish("stopped" if on_purpose else "failed")
-        saved = next(iter(newest_first(run.path / "checkpoints")), None)
-        if saved is not None:
-            print(f"saved up to {saved.name}; to go on: {resume_command(run)}", file=sys.stderr)
-        raise
-
-
-@contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Within it Ctrl-C and SIGTERM only ask to stop, which the function it gives tells.
-
-    A second Ctrl-C interrupts at once.
-    """
-    asked: list[int] = []
-
-    def ask(number: int, frame: object) -> None:
-        if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        asked.append(number)
-        print("\nstopping at the next row of metrics (Ctrl-C again: at once)", file=sys.stderr)
-
-    with signal_handlers({signal.SIGINT: ask, signal.SIGTERM: ask}):
-        yield lambda: bool(asked)
-
-
-@contextmanager
-def signal_handlers(handlers: Mapping[signal.Signals, Callable[[int, Any], None]]) -> Iterator[None]:
-    """Handlers while it lasts; none outside of the main thread, where Python allows none."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def say(line: str) -> None:
-    print(line, flush=True)

@@ -90,7 +90,7 @@ def test_last_lines_say_the_score_and_where_everything_is(capsys):
     out = capsys.readouterr().out
     run = run_folder()
     assert out.startswith("score: ")
-    for part in ("plots/learning_curve.png", "videos/policy.mp4", "checkpoints/best/agent.safetensors"):
+    for part in ("plots/learning_curve.png", "videos/policy.mp4", "checkpoints/best/weights.safetensors"):
         assert f"{run / part}\n" in out
         assert (run / part).stat().st_size > 1000
     assert f"run folder: {run}\n" in out

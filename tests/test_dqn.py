@@ -345,7 +345,7 @@ def test_save_and_load(name, tmp_path):
     tables = ("value-iteration", "policy-iteration", "q-learning")
     env_id = "foveal/GridWorld-v0" if name in tables else "CartPole-v1"
     agent = AGENTS[name](env_id, seed=4).learn(64, progress=False)
-    path = agent.save(tmp_path / "agent.safetensors")
+    path = agent.save(tmp_path / "weights.safetensors")
     loaded = load(path)
     assert type(loaded) is AGENTS[name]
     assert_same_weights(weights(agent), weights(loaded))
@@ -359,7 +359,7 @@ def test_save_and_load(name, tmp_path):
 
 def test_loading_says_what_is_wrong(tmp_path):
     agent = DQN("CartPole-v1")
-    path = agent.save(tmp_path / "agent.safetensors")
+    path = agent.save(tmp_path / "weights.safetensors")
     with pytest.raises(FileNotFoundError, match="no weights file or run at"):
         load(tmp_path / "nowhere")
     path.write_bytes(path.read_bytes()[:500])
@@ -411,7 +411,7 @@ def test_dict_keys_keep_their_order_through_a_file(tmp_path):
     agent = DQN("test/DictObs-v0", seed=2, device="cpu")
     assert list(agent.observation_space) == ["place", "picture.left"]  # type: ignore[call-overload]
     obs = agent.env.reset()
-    path = agent.save(tmp_path / "agent.safetensors")
+    path = agent.save(tmp_path / "weights.safetensors")
     tensors = to_tensors(obs, agent.observation_space, torch.device("cpu"))
     with torch.no_grad():
         torch.testing.assert_close(load(path).network(tensors), agent.network(tensors), rtol=0, atol=0)
@@ -420,7 +420,7 @@ def test_dict_keys_keep_their_order_through_a_file(tmp_path):
 def test_loaded_weights_reach_the_target_and_learning_waits_for_new_transitions(tmp_path):
     config = DQNConfig(**{**vars(SMALL), "target_every": 10**6})
     agent = DQN("CartPole-v1", config, seed=1, device="cpu").learn(100, progress=False)
-    again = load(agent.save(tmp_path / "agent.safetensors"))
+    again = load(agent.save(tmp_path / "weights.safetensors"))
     assert isinstance(again, DQN)
     torch.testing.assert_close(again.target_weights, again.weights)
     torch.testing.assert_close(again.weights, agent.weights)

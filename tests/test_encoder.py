@@ -242,7 +242,7 @@ def test_spaces_round_trip_as_json(space):
 
 def test_encoder_of_a_trained_agent_loads_and_other_specs_are_refused(tmp_path):
     agent: Any = DQN("CartPole-v1", seed=3)
-    path = agent.save(tmp_path / "agent.safetensors")
+    path = agent.save(tmp_path / "weights.safetensors")
     encoder = build(str(path), agent.observation_space)
     for name, tensor in agent.network.encoder.state_dict().items():
         torch.testing.assert_close(encoder.state_dict()[name], tensor, rtol=0, atol=0)
@@ -263,7 +263,7 @@ gym.register("test/WithDict-v0", lambda **kwargs: WithDict(**kwargs))
 
 def test_both_encoders_of_a_dict_round_trip_through_a_file(tmp_path):
     agent: Any = DQN("test/WithDict-v0", encoder="minatar+mlp-tanh", seed=3)
-    path = agent.save(tmp_path / "agent.safetensors")
+    path = agent.save(tmp_path / "weights.safetensors")
     again: Any = load(path)
     assert again.describe()["encoder"]["name"] == "minatar+mlp-tanh"
     encoder: Any = load_encoder(path, agent.observation_space)

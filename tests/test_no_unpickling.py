@@ -299,7 +299,7 @@ def test_crafted_files_in_a_run_folder_run_nothing(
 
 @pytest.mark.parametrize("kind", list(crafted(Path())))
 @pytest.mark.parametrize(
-    "file", ["agent.safetensors", "agent.zip", "agent.pt", "checkpoint/agent.safetensors"]
+    "file", ["weights.safetensors", "agent.zip", "agent.pt", "checkpoint/weights.safetensors"]
 )
 def test_a_crafted_weights_file_is_refused(file: str, kind: str, tmp_path: Path) -> None:
     marker, path = tmp_path / "marker", tmp_path / file
@@ -322,7 +322,7 @@ def test_a_weights_file_does_not_choose_what_is_called(
         f"import pathlib\ndef build(*args, **kwargs): pathlib.Path({str(marker)!r}).touch()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    path = DQN("CartPole-v1").save(tmp_path / "agent.safetensors")
+    path = DQN("CartPole-v1").save(tmp_path / "weights.safetensors")
     tensors, description = read_weights(path)
     description["encoder"]["name"] = "crafted_for_foveal:build"
     write_weights(path, tensors, description)

@@ -155,7 +155,7 @@ def test_statistics_stand_still_in_predict_and_travel_with_the_weights(tmp_path)
     from foveal.runs.evaluation import evaluate
 
     evaluate(agent, 3)
-    again: Any = load(agent.save(tmp_path / "agent.safetensors"))
+    again: Any = load(agent.save(tmp_path / "weights.safetensors"))
     for other in (agent, again):
         assert all(torch.equal(one, two) for one, two in zip(before, statistics(other), strict=True))
     obs = np.random.default_rng(0).normal(size=(20, 2)).astype(np.float32)

@@ -444,7 +444,7 @@ def test_kill_9_by_the_command_line(tmp_path, monkeypatch):
     assert [row["env_step"] for row in rows] == list(range(64, 672, 32))  # the first rollout only primes
     assert rows == expected
     first, second = (
-        read_weights(newest_first(folder / "checkpoints")[0] / "agent.safetensors")[0]
+        read_weights(newest_first(folder / "checkpoints")[0] / "weights.safetensors")[0]
         for folder in (run, whole)
     )
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -169,7 +169,7 @@ def rows_of(run: Path):
 
 
 def weights_of(run: Path):
-    return read_weights(newest_first(run / "checkpoints")[0] / "agent.safetensors")[0]
+    return read_weights(newest_first(run / "checkpoints")[0] / "weights.safetensors")[0]
 
 
 def wait_for_rows(run_results: Path, count: int, process) -> None:

@@ -515,7 +515,7 @@ def test_saved_and_loaded_it_acts_the_same(kind: Any, env: Any, encoder: str, tm
         small["batch_size"] = 8
     made = make_vec(of, 2) if isinstance(of, str) else spaces_of(*of)
     agent = kind(made, kind.Config(**small, **changes), encoder=encoder, seed=1).learn(64, progress=False)
-    path = agent.save(tmp_path / "agent.safetensors")
+    path = agent.save(tmp_path / "weights.safetensors")
     loaded: Any = load(path)
     assert type(loaded) is kind
     assert (loaded.env_step, loaded.grad_step) == (agent.env_step, agent.grad_step)
@@ -571,7 +571,7 @@ def test_images_may_come_channels_last() -> None:
 def test_each_tensor_is_stored_once_and_the_encoder_where_every_file_has_it(tmp_path: Path) -> None:
     agent = SB3PPO(spaces_of("image", "three"), encoder="impala", seed=3)
     assert isinstance(agent.network.encoder, Impala)
-    tensors, description = read_weights(agent.save(tmp_path / "agent.safetensors"))
+    tensors, description = read_weights(agent.save(tmp_path / "weights.safetensors"))
     assert description["encoder"]["name"] == "impala"
     assert sum(tensor.numel() for tensor in tensors.values()) == sum(
         parameter.numel() for parameter in agent.model.policy.parameters()
@@ -579,7 +579,7 @@ def test_each_tensor_is_stored_once_and_the_encoder_where_every_file_has_it(tmp_
     encoder = {name for name in tensors if name.startswith("encoder.")}
     assert encoder == {f"encoder.{name}" for name in agent.network.encoder.state_dict()}
     # So that any agent here may begin with it.
-    dqn = DQN(spaces_of("image", "three"), encoder=str(tmp_path / "agent.safetensors"))
+    dqn = DQN(spaces_of("image", "three"), encoder=str(tmp_path / "weights.safetensors"))
     for name, tensor in dqn.network.encoder.state_dict().items():  # type: ignore[union-attr]
         assert torch.equal(tensor, tensors[f"encoder.{name}"])
     # A target network is kept, but is nothing that learns.
@@ -703,7 +703,7 @@ def test_contrib_algorithms_where_installed(name: str, tmp_path: Path) -> None:
         80, progress=False
     )
     assert agent.grad_step > 0
-    loaded: Any = load(agent.save(tmp_path / "agent.safetensors"))
+    loaded: Any = load(agent.save(tmp_path / "weights.safetensors"))
     assert_same_weights(weights_of(loaded.model), weights_of(agent.model))
     obs = agent.env.reset()
     state: Any = None
@@ -801,7 +801,7 @@ def test_their_own_files_are_refused(tmp_path: Path) -> None:
 def test_a_checkpoint_is_weights_alone(tmp_path: Path) -> None:
     agent = SB3A2C("CartPole-v1").learn(40, progress=False)
     folder = save_checkpoint(agent, tmp_path)
-    assert [file.name for file in folder.iterdir()] == ["agent.safetensors"]
+    assert [file.name for file in folder.iterdir()] == ["weights.safetensors"]
 
 
 def test_nothing_of_theirs_is_imported_before_it_is_used(tmp_path: Path) -> None:
@@ -840,7 +840,7 @@ def test_train_evaluate_and_why_not_resume(capsys: pytest.CaptureFixture[str]) -
     config = json.loads((run / "config.json").read_text())
     assert (config["agent"], config["encoder"], config["config"]["n_steps"]) == ("sb3/ppo", "sb3", 16)
     files = {path.name for path in (run / "checkpoints").rglob("*") if path.is_file()}
-    assert files == {"agent.safetensors"}
+    assert files == {"weights.safetensors"}
 
     assert main(["evaluate", str(run), "--episodes", "3", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)

@@ -390,7 +390,7 @@ def test_value_iteration_keeps_the_estimate_that_the_bound_is_of():
 
 def test_predict_and_load(tmp_path):
     agent = PolicyIteration(ENV_ID, seed=5).learn(1_000, progress=False)
-    again: Any = load(agent.save(tmp_path / "agent.safetensors"))
+    again: Any = load(agent.save(tmp_path / "weights.safetensors"))
     assert type(again) is PolicyIteration
     np.testing.assert_array_equal(again.q, agent.q)
     assert again.network.q.dtype == torch.float64
@@ -531,7 +531,7 @@ def test_killed_run_goes_on_to_the_same_end(name):
     summary, expected = (json.loads((run / "summary.json").read_text()) for run in (killed, whole))
     assert "resume_mismatch" not in summary
     assert summary["eval/return_mean"] == expected["eval/return_mean"]
-    ends = [newest_first(run / "checkpoints")[0] / "agent.safetensors" for run in (killed, whole)]
+    ends = [newest_first(run / "checkpoints")[0] / "weights.safetensors" for run in (killed, whole)]
     assert ends[0].read_bytes() == ends[1].read_bytes()
 
 

@@ -88,6 +88,32 @@ class Recall(gym.Env):
         return obs, float(over and action == self.cue), over, False, {}
 
 
+GREY = spaces.Box(0, 255, (1, 20, 20), np.uint8)
+
+
+class Sides(gym.Env):
+    """An image is bright on its left or right half, and which is to be told, four times: reward 1 if right."""
+
+    observation_space = GREY
+    action_space = spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.count = 0
+        return self.observe(), {}
+
+    def step(self, action):
+        reward = float(action == self.side)
+        self.count += 1
+        return self.observe(), reward, self.count == 4, False, {}
+
+    def observe(self):
+        self.side = int(self.np_random.integers(2))
+        image = self.np_random.integers(100, size=GREY.shape, dtype=np.uint8)
+        image[:, :, 10 * self.side : 10 * self.side + 10] += 120
+        return image
+
+
 class Broken(gym.Env):
     """Gives `value` as its reward, or in its observation, at step `at` of an episode; 0 is the reset."""
 
@@ -149,5 +175,5 @@ class Scripted:
         pass
 
 
-for environment in (Signs, Recall, Broken):
+for environment in (Signs, Recall, Sides, Broken):
     gym.register(f"toys/{environment.__name__}-v0", f"toys:{environment.__name__}")

@@ -40,6 +40,11 @@ class Encoder(nn.Module):
         self.loaded_as: str | None = None
         """The name under which `make_encoder` builds it, where its weights came from a file."""
 
+    @property
+    def trunk(self) -> nn.Module:
+        """What is trained elsewhere and moved: all of it, or, of a backbone, all but the last projection."""
+        return self
+
     def forward(self, obs: Tensor) -> Tensor:
         """(B, *observation shape) in any dtype -> (B, features_dim) float32."""
         return self.features(preprocess(obs, self.observation_space))
@@ -96,6 +101,10 @@ class DictEncoder(Encoder):
         super().__init__(observation_space, sum(part.features_dim for part in parts.values()))
         self.keys = list(parts)
         self.parts = nn.ModuleList(parts.values())  # a ModuleDict would not take every key
+
+    @property
+    def trunk(self) -> nn.Module:
+        return nn.ModuleList(part.trunk for part in self.parts)  # type: ignore[misc]
 
     def forward(self, obs: Mapping[str, Tensor]) -> Tensor:  # type: ignore[override]
         return torch.cat([part(obs[key]) for key, part in zip(self.keys, self.parts)], dim=1)
@@ -313,9 +322,11 @@ def default_encoder(space: spaces.Space) -> str:
 def make_encoder(name: str, observation_space: spaces.Space, **kwargs: Any) -> Encoder:
     """Build an encoder for a space.
 
-    `name` is a key of `ENCODERS`, `auto` for the default of the space, `module:Class` for one of your own
-    (anything with the Encoder's constructor and a `features_dim`), or the path of a trained run or weights
-    file, whose encoder is then loaded. For a Dict space the name goes to the images in it and every other
+    `name` is a key of `ENCODERS`; a backbone, `BACKBONE[@STAGE][,norm=KIND][,features_dim=N]`, where BACKBONE is
+    a key of `BACKBONES`, `timm/NAME` or `torchvision/NAME` (these also with `,pretrained=1`); `auto` for the default of the space;
+    `module:Class` for one of your own (anything with the Encoder's constructor and a `features_dim`); or the
+    path of a trained run or weights file, whose encoder is then loaded (`PATH@STAGE` cuts a trained backbone
+    there). For a Dict space the name goes to the images in it and every other
     key gets an mlp, or `IMAGES+VECTORS` names both, such as `nature+mlp-tanh`; where the space has no images,
     a single name goes to every key.
 
@@ -329,11 +340,20 @@ def make_encoder(name: str, observation_space: spaces.Space, **kwargs: Any) -> E
         name = default_encoder(observation_space)
     if name in ENCODERS:
         return ENCODERS[name](observation_space, **kwargs)
-    if ":" in name and not Path(name).exists():
-        return _import_encoder(name)(observation_space, **kwargs)
+    from .backbone_encoder import is_backbone, make_backbone_encoder  # which builds on this module
+    from .backbones import BACKBONES
+
+    if is_backbone(name):
+        return make_backbone_encoder(name, observation_space, **kwargs)
     if Path(name).exists():
         return load_encoder(Path(name), observation_space)
-    near = difflib.get_close_matches(name, ENCODERS, n=3, cutoff=0.4) or list(ENCODERS)
+    path, at, stage = name.rpartition("@")
+    if at and Path(path).exists():
+        return load_encoder(Path(path), observation_space, stage)
+    if ":" in name:
+        return _import_encoder(name)(observation_space, **kwargs)
+    known = [*ENCODERS, *BACKBONES]
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.4) or list(ENCODERS)
     raise ValueError(
         f"unknown encoder {name!r}; nearest: {', '.join(near)} "
         "(or module:Class, or the path of a trained run)"
@@ -375,22 +395,27 @@ def describe_encoder(name: str | None, encoder: nn.Module, observation_space: sp
     return {"name": getattr(encoder, "loaded_as", None) or name, "spec": spec}
 
 
-def load_encoder(path: Path, observation_space: spaces.Space) -> Encoder:
-    """The encoder of a trained run or weights file. ValueError names both specs where they differ."""
+def load_encoder(path: Path, observation_space: spaces.Space, stage: str | None = None) -> Encoder:
+    """The encoder of a trained run or weights file.
+
+    Of a classifier with a backbone it is the trained backbone up to `stage` (None: as `BackboneEncoder`
+    chooses), its batch normalisation frozen, under a projection that is new. ValueError names both specs
+    where they differ.
+    """
     tensors, description = read_weights(find_weights(path))
-    try:
-        name, stored = description["encoder"]["name"], description["encoder"]["spec"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} holds no encoder") from error
-    if not isinstance(name, str):
+    stored = description.get("encoder")
+    if not isinstance(stored, dict):
+        raise ValueError(f"{path} holds no encoder")
+    if "backbone" in stored:
+        return _load_backbone(path, observation_space, tensors, description, stage)
+    if stage is not None:
+        raise ValueError(f"{path} holds no backbone to cut at {stage!r}: its encoder is {stored.get('name')}")
+    name, spec = stored.get("name"), stored.get("spec")
+    if not isinstance(name, str) or not isinstance(spec, dict):
         raise ValueError(f"{path} was trained with an encoder object of its own, which no name builds again")
     for part in name.split("+"):
         refuse_imports(part, path)
-    wanted = {"input": space_to_json(observation_space), "features_dim": stored["features_dim"]}
-    if stored != wanted:
-        raise ValueError(
-            f"the encoder of {path} is for {stored['input']}; these observations are {wanted['input']}"
-        )
+    _check_input(path, spec.get("input"), observation_space)
     encoder = make_encoder(name, observation_space)
     prefix = "encoder."
     try:
@@ -401,6 +426,37 @@ def load_encoder(path: Path, observation_space: spaces.Space) -> Encoder:
         raise ValueError(f"the encoder of {path} is not the {name} that this version builds") from error
     encoder.loaded_as = name
     return encoder
+
+
+def _load_backbone(
+    path: Path,
+    observation_space: spaces.Space,
+    tensors: dict[str, Tensor],
+    description: dict[str, Any],
+    stage: str | None,
+) -> Encoder:
+    from .backbone_encoder import BackboneEncoder
+
+    _check_input(path, description.get("space"), observation_space)
+    name = description["encoder"]["backbone"]
+    if name == "linear":
+        raise ValueError(f"{path} is a linear classifier: it holds no encoder")
+    trained = {k.removeprefix("backbone."): v for k, v in tensors.items() if k.startswith("backbone.")}
+    # Batch statistics go on as constants: that they are there says that the layers were batch normalisation.
+    statistics = any(k.endswith("running_mean") for k in trained)
+    norm = "frozen" if statistics else description["encoder"]["norm"] or "original"
+    encoder = BackboneEncoder(observation_space, backbone=name, stage=stage, norm=norm)
+    try:
+        encoder.backbone.load_state_dict({k: trained[k] for k in encoder.backbone.state_dict()})
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"the backbone of {path} is not the {name} that this version builds") from error
+    encoder.loaded_as = f"{name}@{encoder.stage},norm={norm}"
+    return encoder
+
+
+def _check_input(path: Path, stored: Any, space: spaces.Space) -> None:
+    if stored != (wanted := space_to_json(space)):
+        raise ValueError(f"the encoder of {path} is for {stored}; these observations are {wanted}")
 
 
 def refuse_imports(name: Any, path: Path) -> None:

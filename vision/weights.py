@@ -71,10 +71,10 @@ def find_weights(path: Path) -> Path:
         checkpoints = path / "checkpoints"
         candidates = [path, checkpoints / "best", *sorted(checkpoints.glob("step-*"), reverse=True)]
         for folder in candidates:
-            if (folder / "agent.safetensors").is_file():
-                return folder / "agent.safetensors"
+            if (folder / "weights.safetensors").is_file():
+                return folder / "weights.safetensors"
         raise FileNotFoundError(
-            f"{path} is a folder without weights: neither agent.safetensors nor a checkpoint"
+            f"{path} is a folder without weights: neither weights.safetensors nor a checkpoint"
         )
     if not path.exists():
         raise FileNotFoundError(f"no weights file or run at {path}")

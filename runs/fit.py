@@ -1,0 +1,266 @@
+"""Train a model on a dataset of images into a run folder: log, validate, checkpoint, stop, resume, score."""
+
+import json
+import os
+import shlex
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ..agents import newest_first, save_checkpoint, sweep
+from ..agents.progress import progress as progress_display
+from ..vision import KNN, Classifier, Dataset, Model, check_dataset, find_weights, load_dataset, read_weights
+from .classify import conclude_classifier
+from .lifecycle import closing, keep_first_checkpoint, load_chosen, resume_command, say, stop_signals
+from .run import Run, create_run, open_run, resume_run
+
+MODELS: dict[str, type[Model]] = {"classifier": Classifier, "knn": KNN}
+"""What `foveal train` trains on images."""
+CONCLUSIONS: dict[str, Callable[[Run, Any, Dataset, float], None]] = {
+    "classifier": conclude_classifier,
+    "knn": conclude_classifier,
+}
+"""Model -> what scores it on the test images, and draws it."""
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """What a training run on images is, beside the model's own settings."""
+
+    dataset: str = "digits"
+    """digits (always there), mnist, fashion-mnist, cifar10, a folder of images (a subfolder a class), or an
+    .npz of images and labels."""
+    data_dir: Path | None = None
+    """Where the files are; by default FOVEAL_DATA, Debian's folder, or the cache, into which they are
+    downloaded."""
+    epochs: float = 20.0
+    """Passes over the training images."""
+    seed: int = 1
+    """Seed of everything random in the run, the split into training and validation images too."""
+    validation: float | None = None
+    """Share (below 1) or number of training images to validate on; by default a tenth, at most 5,000."""
+    train_size: int | None = None
+    """Use only so many training images."""
+    test_size: int | None = None
+    """Use only so many test images."""
+    image_size: int | None = None
+    """Side in pixels that the images of a folder are resized to."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1...; auto is cuda where there is one."""
+    threads: int = 0
+    """CPU threads for torch; 0 is all."""
+    init_from: Path | None = None
+    """Start from the weights (only) of this run, checkpoint or file."""
+
+    results: Path = Path("results")
+    """Folder of all runs."""
+    group: str | None = None
+    """Runs to be compared share a group; by default model and dataset."""
+    name: str | None = None
+    """Name of the run; by default its seed."""
+    tags: tuple[str, ...] = ()
+    """Words to find the run by in a dashboard."""
+    track: Literal["offline", "online", "off"] = "offline"
+    """Weights & Biases: offline needs no account and no network."""
+
+    log_every: int = 100
+    """Gradient steps between two rows of metrics; the end of an epoch is always one, and is validated."""
+    checkpoint_every: int = 1_000
+    """Gradient steps between two checkpoints, at rows."""
+    progress: bool = True
+    """Show progress while training."""
+
+    def __post_init__(self) -> None:
+        for name in ("train_size", "test_size", "image_size", "log_every", "checkpoint_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if not self.epochs > 0:
+            raise ValueError(f"epochs must be greater than 0, got {self.epochs}")
+        if self.threads < 0:
+            raise ValueError(f"threads must be 0 or more, got {self.threads}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be between 0 and 2**32 - 1, got {self.seed}")
+
+
+def open_dataset(options: FitOptions) -> Dataset:
+    """The dataset that a run asks for."""
+    validation = options.validation
+    return load_dataset(
+        options.dataset,
+        options.data_dir,
+        seed=options.seed,
+        validation=int(validation) if validation is not None and validation >= 1 else validation,
+        size=options.image_size,
+        train_size=options.train_size,
+        test_size=options.test_size,
+    )
+
+
+def make_model(name: str, options: FitOptions, config: Any, dataset: Dataset) -> Model:
+    """The model that a run begins with. Raises ValueError for whatever cannot be taken."""
+    model = MODELS[name](dataset.space, dataset.classes, config, seed=options.seed, device=options.device)
+    if options.init_from is not None:
+        path = find_weights(options.init_from)
+        try:
+            model.load_weights(read_weights(path)[0])
+        except (RuntimeError, KeyError) as error:
+            raise ValueError(f"{path} is of another architecture: {error}") from error
+    return model
+
+
+def fit(name: str, options: FitOptions, config: Any) -> Run:
+    """Train a new model into a new run folder, which is finished or stopped when this returns.
+
+    Raises ValueError or OSError, before any folder is made, for whatever cannot be taken.
+    """
+    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    dataset = open_dataset(options)
+    model = make_model(name, options, config, dataset)
+    run = create_run(
+        options.results,
+        group=options.group or f"{name}-{Path(options.dataset).stem}",
+        name=options.name or f"seed{options.seed}",
+        config={
+            "agent": name,
+            "env_id": options.dataset,
+            "seed": options.seed,
+            "epochs": options.epochs,
+            "device": str(model.device),
+            "encoder": model.describe().get("encoder", {}).get("name"),
+            "parameters": sum(p.numel() for p in model.network.parameters()),
+            "dataset": {
+                "name": dataset.name,
+                "sha256": dataset.digest,
+                "images": [len(part) for part in (dataset.train, dataset.validation, dataset.test)],
+                "shape": list(dataset.space.shape),
+                "classes": list(dataset.classes),
+            },
+            "config": asdict(config),
+            "options": json.loads(json.dumps(asdict(options), default=str)),
+        },
+        tags=options.tags,
+        track=options.track,
+        parents=[find_weights(options.init_from)] if options.init_from else [],
+    )
+    keep_first_checkpoint(run, model)
+    with closing(run):
+        return _fit(run, model, options, dataset)
+
+
+def resume_fit(path: Path, epochs: float | None, checkpoint: str | None, progress: bool = True) -> Run:
+    """Go on with a run from its newest checkpoint, or the one named, as if it had never stopped.
+
+    A finished run needs more `epochs` to go on; with another number of them the schedules are other ones, and
+    rows after the checkpoint are dropped. Raises as `resume` does for an agent's run.
+    """
+    run = open_run(path)
+    path, stored = run.path, options_of(run)
+    options = replace(stored, progress=progress, epochs=epochs or stored.epochs)
+    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    if run.summary.get("state") == "finished" and options.epochs <= stored.epochs:
+        raise ValueError(
+            f"{path} is finished: {stored.epochs:g} epochs are done; to train it further, give more --epochs"
+        )
+    dataset = open_dataset(options)
+    if dataset.digest != run.config["dataset"]["sha256"]:
+        raise ValueError(f"{path} was trained on other images than {options.dataset} now is")
+    model, _, chosen = load_chosen(
+        run, checkpoint, lambda folder: MODELS[run.config["agent"]].load(folder, device=options.device)
+    )
+    if options.epochs != stored.epochs:
+        run.rewind(model.grad_step)
+        as_json = {**run.config["options"], "epochs": options.epochs}
+        run.configure({"epochs": options.epochs, "options": as_json})
+    sweep(path / "checkpoints", after=chosen)
+    run = resume_run(path)
+    with closing(run):
+        return _fit(run, model, options, dataset)
+
+
+def options_of(run: Run) -> FitOptions:
+    """The options that a run was started with. ValueError where its config.json is not a training's."""
+    try:
+        stored = run.config["options"]
+        data_dir = Path(stored["data_dir"]) if stored["data_dir"] else None
+        paths = {"data_dir": data_dir, "results": Path(stored["results"]), "init_from": None}
+        return FitOptions(**{**stored, "tags": tuple(stored["tags"]), **paths})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{run.path}/config.json has no options of a training of this version: {error}"
+        ) from error
+
+
+def _fit(run: Run, model: Model, options: FitOptions, dataset: Dataset) -> Run:
+    checkpoints = run.path / "checkpoints"
+    before = model.grad_step
+    past = [row for row in run.rows() if row["grad_step"] <= before]
+    best = max((row[model.chosen_by] for row in past if model.chosen_by in row), default=float("-inf"))
+    wall_s = max((row["time/wall_s"] for row in past), default=0.0)
+    clock = time.perf_counter() - wall_s
+    label = f"{model.name} {dataset.name} seed {options.seed}"
+    total = model.total_steps(dataset, options.epochs)
+    show_progress = progress_display(total, before, enabled=options.progress, label=label, axis="grad_step")
+    stopped = False
+    with stop_signals() as stop, show_progress as show:
+        for row in model.training(dataset, options.epochs, options.log_every):
+            now = row["grad_step"]
+            if row.get(model.chosen_by, float("-inf")) >= best:  # of equals the one trained for longer
+                best = row[model.chosen_by]
+                (checkpoints / "best").mkdir(exist_ok=True)
+                model.save(checkpoints / "best" / "weights.safetensors")
+            wall_s = row["time/wall_s"] = time.perf_counter() - clock
+            run.log(row)
+            show(row)
+            end = now >= total
+            stopped = stop() and not end
+            if now // options.checkpoint_every > before // options.checkpoint_every or end or stopped:
+                save_checkpoint(model, checkpoints)
+            before = now
+            if stopped:
+                break
+    if stopped:
+        run.summarize({"wall_s": wall_s})
+        run.finish("stopped")
+        say(f"stopped at {model.grad_step:,} gradient steps; to go on: {resume_command(run)}")
+        return run
+    best_file = checkpoints / "best" / "weights.safetensors"
+    chosen = best_file if best_file.exists() else newest_first(checkpoints)[0] / "weights.safetensors"
+    CONCLUSIONS[model.name](run, type(model).load(chosen, device=str(model.device)), dataset, wall_s)
+    run.artifact(model.name, "model", chosen, {"grad_step": model.grad_step})
+    say(f"weights: {chosen}")
+    say(f"run folder: {run.path}")
+    quoted = shlex.quote(str(run.path))
+    if run.config["run"]["track"] == "offline":
+        say(f"offline W&B run, to send once logged in: wandb sync {quoted}/wandb/offline-run-*")
+    say(f"again: foveal evaluate {quoted}")
+    run.finish("finished")
+    return run
+
+
+def load_run(
+    path: Path, dataset: str | None = None, data_dir: Path | None = None, device: str = "auto"
+) -> tuple[Any, Dataset]:
+    """The model that a run or a weights file holds, and the dataset it was trained on, or another one.
+
+    Raises ValueError where the dataset does not fit, or is not known because the file lies in no run.
+    """
+    file = find_weights(path)
+    name = read_weights(file)[1].get("model")
+    if name not in MODELS:
+        raise ValueError(f"{file} holds no model of images: models are {', '.join(MODELS)}")
+    model = MODELS[name].load(file, device=device)
+    try:
+        options = options_of(open_run(file))
+    except ValueError:
+        if dataset is None:
+            raise ValueError(f"{file} lies in no run folder: name a dataset with --dataset") from None
+        options = FitOptions()
+    found = open_dataset(
+        replace(options, dataset=dataset or options.dataset, data_dir=data_dir or options.data_dir)
+    )
+    check_dataset(found, model.space, model.classes)
+    return model, found

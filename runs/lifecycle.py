@@ -1,0 +1,126 @@
+"""What every training run does, whatever is trained: begin, save, stop on a signal, and say how to go on."""
+
+import shlex
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..agents import AGENTS, Checkpointed, load_checkpoint, newest_first, save_checkpoint
+from .run import Run
+
+T = TypeVar("T", bound=Checkpointed)
+
+
+def keep_first_checkpoint(run: Run, trained: Checkpointed) -> None:
+    """So that a run can be resumed from its first moment; where there is no room for it, nothing is left."""
+    try:
+        save_checkpoint(trained, run.path / "checkpoints")
+    except BaseException:
+        with suppress(OSError):
+            run.finish("failed")
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise
+
+
+def load_chosen(run: Run, checkpoint: str | None, load: Callable[[Path], T]) -> tuple[T, bool, Path]:
+    """What `load` builds from a run's newest checkpoint, or the one named, brought to where it was taken;
+    whether exactly; and the checkpoint.
+
+    Raises ValueError or FileNotFoundError, naming the file and the checkpoint before it, where it is not
+    whole.
+    """
+    checkpoints = newest_first(run.path / "checkpoints")
+    chosen = next((folder for folder in checkpoints if checkpoint in (None, folder.name)), None)
+    if chosen is None:
+        names = ", ".join(folder.name for folder in checkpoints) or "none"
+        raise FileNotFoundError(
+            f"{run.path} has no checkpoint {checkpoint or ''} to resume from; it has {names}"
+        )
+    try:
+        trained = load(chosen)
+        return trained, load_checkpoint(chosen, trained), chosen
+    except (ValueError, FileNotFoundError) as error:
+        older = next((folder.name for folder in checkpoints if folder < chosen), None)
+        hint = f"; to go on from the one before it: --checkpoint {older}" if older else ""
+        raise ValueError(f"{error}{hint}") from error
+
+
+@contextmanager
+def closing(run: Run) -> Iterator[None]:
+    """A run that raises is marked: stopped by Ctrl-C or SIGTERM, else failed. What was saved stays."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        with signal_handlers({signal.SIGTERM: terminate}):
+            yield
+    except BaseException as error:
+        on_purpose = isinstance(error, KeyboardInterrupt | SystemExit)
+        with suppress(OSError):  # the disk may be full, which must not hide what happened
+            run.finish("stopped" if on_purpose else "failed")
+        saved = next(iter(newest_first(run.path / "checkpoints")), None)
+        if saved is not None:
+            print(f"saved up to {saved.name}; to go on: {resume_command(run)}", file=sys.stderr)
+        raise
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Within it Ctrl-C and SIGTERM only ask to stop, which the function it gives tells.
+
+    A second Ctrl-C interrupts at once.
+    """
+    asked: list[int] = []
+
+    def ask(number: int, frame: object) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("\nstopping at the next row of metrics (Ctrl-C again: at once)", file=sys.stderr)
+
+    with signal_handlers({signal.SIGINT: ask, signal.SIGTERM: ask}):
+        yield lambda: bool(asked)
+
+
+@contextmanager
+def signal_handlers(handlers: Mapping[signal.Signals, Callable[[int, Any], None]]) -> Iterator[None]:
+    """Handlers while it lasts; none outside of the main thread, where Python allows none."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+def is_resumable(run: Run) -> bool:
+    agent = AGENTS.get(run.config["agent"])
+    return agent is None or agent.resumable
+
+
+def resume_command(run: Run) -> str:
+    """What goes on with a run: where it cannot be resumed, a new one from its weights."""
+    if not is_resumable(run):
+        agent, env_id = run.config["agent"], shlex.quote(run.config["env_id"])
+        return f"foveal train {agent} --env-id {env_id} --init-from {shlex.quote(str(run.path))}"
+    return f"foveal resume {shlex.quote(str(run.path))}{imports_of(run)}"
+
+
+def imports_of(run: Run) -> str:
+    """What a command about this run must import, since a file alone imports nothing."""
+    names = (run.config["env_id"], *(run.config["encoder"] or "").split("+"))
+    modules = dict.fromkeys(name.rpartition(":")[0] for name in names if ":" in name)
+    return "".join(f" --import {module}" for module in modules)
