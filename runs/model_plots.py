@@ -14,7 +14,14 @@ from .plots import EVALUATION, TRAINING, dress, write_png
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["confusion_matrix", "filters_grid", "rate_search", "training_curves"]
+__all__ = [
+    "confusion_matrix",
+    "embedding",
+    "filters_grid",
+    "labelled_grid",
+    "rate_search",
+    "training_curves",
+]
 
 DARK_TRAINING = "#7c8894"
 
@@ -156,4 +163,50 @@ def rate_search(rates: Sequence[float], losses: Sequence[float], suggested: floa
     axes.set_ylabel("loss, smoothed", fontsize=12)
     axes.set_title("search for a step size", fontsize=14, loc="left", pad=10)
     axes.legend(fontsize=11)
+    return write_png(figure, path)
+
+
+def labelled_grid(
+    rows: Sequence[Sequence[np.ndarray]], names: Sequence[str], columns: Sequence[str], path: Path
+) -> Path:
+    """Write pictures (H, W, 3) uint8, row by row, to a PNG, with a name for each row and column."""
+    height, width = len(rows), max(len(row) for row in rows)
+    figure = new_figure(1.55 * width + 1.2, 1.6 * height + 0.3)
+    panels = figure.subplots(height, width, squeeze=False)
+    for y, row in enumerate(rows):
+        for x, panel in enumerate(panels[y]):
+            panel.set_xticks([])
+            panel.set_yticks([])
+            panel.spines[:].set_visible(False)
+            if x < len(row):
+                panel.imshow(row[x], interpolation="nearest")
+            if x == 0:
+                panel.set_ylabel(names[y], fontsize=10, rotation=0, ha="right", va="center")
+            if y == 0 and x < len(columns):
+                panel.set_title(columns[x], fontsize=10)
+    return write_png(figure, path)
+
+
+def embedding(
+    points: Mapping[str, np.ndarray], labels: np.ndarray, classes: Sequence[str], path: Path
+) -> Path:
+    """Write points (N, 2), a panel for each way in which they were put into the plane, coloured by label (N,)
+    counted from 0, to a PNG."""
+    from matplotlib import colormaps
+
+    figure = new_figure(6.2 * len(points) + 1.6, 6)
+    colors = colormaps["tab10" if len(classes) <= 10 else "turbo"]
+    for panel, (name, plane) in zip(figure.subplots(1, len(points), squeeze=False)[0], points.items()):
+        for number, label in enumerate(classes):
+            here = labels == number
+            if here.any():
+                color = colors(number if len(classes) <= 10 else number / max(1, len(classes) - 1))
+                panel.scatter(*plane[here].T, s=9, color=color, label=label, alpha=0.75, lw=0)
+        panel.set_title(name, fontsize=13, loc="left")
+        panel.set_xticks([])
+        panel.set_yticks([])
+        panel.spines[:].set_color("#e3e7eb")
+    if len(classes) <= 30:
+        handles, names = panel.get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside right upper", fontsize=10, markerscale=2, frameon=False)
     return write_png(figure, path)

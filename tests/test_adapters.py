@@ -61,12 +61,15 @@ class Toy(nn.Module):
         self.bn1 = Fused(8)
         self.layer1 = nn.Sequential(Block(8, 2), nn.Dropout(0.5), Block(8, 1))
         self.layers = nn.Sequential(*(nn.Sequential(Block(8, 2), Block(8, 1)) for _ in range(stages - 1)))
+        self.auxiliary = nn.Conv2d(8, 8, 1)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(8, 10)
 
     def forward(self, x):
         x = self.bn1(self.stem(x))
         x = self.layer1(x)
+        if self.training:
+            x = x + 0 * self.auxiliary(x)
         torch._assert(x.shape[1] == 8, "channels")
         x = self.layers(x)
         torch._assert(x.shape[1] == 8, "channels")
@@ -211,7 +214,7 @@ def test_stages_are_the_last_of_each_size():
 def test_traced_maps_are_the_networks_own():
     network = toy()
     stages = find_stages(network, 3)
-    traced = trace_stages(copy.deepcopy(network), stages)
+    traced = trace_stages(copy.deepcopy(network).train(), stages)
     seen: dict[str, torch.Tensor] = {}
     for stage in stages:
         network.get_submodule(stage).register_forward_hook(
@@ -222,7 +225,9 @@ def test_traced_maps_are_the_networks_own():
     for stage, feature_map in zip(stages, traced(x)):
         torch.testing.assert_close(feature_map, seen[stage], rtol=0, atol=0)
     names = [name for name, _ in traced.named_parameters()]
-    assert names == [name for name, _ in network.named_parameters() if not name.startswith("fc.")]
+    assert names == [
+        name for name, _ in network.named_parameters() if name.split(".")[0] not in ("fc", "auxiliary")
+    ]
 
 
 # The libraries. Stand-ins of the same shape where they are not needed themselves.
@@ -331,6 +336,9 @@ def test_pretrained_backbone_normalises_and_freezes(library):
 
 def test_pretrained_backbone_takes_a_static_stack_as_one_frame(library):
     frame = torch.rand(2, 1, 32, 32)
+    grey = adapt(f"{library[0]}/toy", 2, pretrained=True)
+    torch.testing.assert_close(grey.mean, torch.full((1, 2, 1, 1), 0.5), msg="the mean of RGB's")
+    torch.testing.assert_close(grey.std, torch.full((1, 2, 1, 1), 0.2))
     maps = [
         adapt(f"{library[0]}/toy", n, pretrained=True).eval()(frame.repeat(1, n, 1, 1)) for n in (1, 2, 4)
     ]

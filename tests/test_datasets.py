@@ -806,11 +806,15 @@ class TestNpz:
         assert np.array_equal(data.train.images, self.IMAGES.transpose(0, 3, 1, 2))
         assert data.train.labels.tolist() == self.LABELS.tolist()
         assert data.test.labels.tolist() == [0, 1, 2, 0]
+        sized = load_dataset(tmp_path / "data.npz", size=4)
+        assert torch.equal(sized.test.images, resize(data.test.images, 4))
 
     def test_a_validation_split_of_its_own(self, tmp_path):
         more = {"val_images": self.IMAGES[:6], "val_labels": self.LABELS[:6]}
-        data = load_dataset(self.save(tmp_path, images=self.IMAGES, labels=self.LABELS, **more))
+        path = self.save(tmp_path, images=self.IMAGES, labels=self.LABELS, **more)
+        data = load_dataset(path)
         assert (len(data.train), len(data.validation), len(data.test)) == (24, 6, 6)
+        assert torch.equal(load_dataset(path, size=4).validation.images, resize(data.validation.images, 4))
 
     def test_layouts_of_images(self, tmp_path):
         planes = self.IMAGES.transpose(0, 3, 1, 2)

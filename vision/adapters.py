@@ -134,6 +134,7 @@ def adapt_first_conv(module: nn.Module, in_channels: int) -> nn.Module:
     """
     if in_channels < 1:
         raise ValueError(f"in_channels must be 1 or more, got {in_channels!r}")
+    module = copy.deepcopy(module)
     conv = first_conv(module)
     if in_channels != conv.in_channels:
         if conv.groups != 1:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .augment import make_augment, mixup
 from .backbone import check_size
 from .backbones import make_backbone
-from .datasets import Dataset, Split
+from .datasets import Dataset, Split, fits
 from .encoder import describe_encoder, flat_size, make_encoder, preprocess
 from .model import Model, Row, Shuffle, pack, seeds_of, unpack
 
@@ -103,14 +103,9 @@ class ClassifierConfig:
 
 # Settings known to work, by backbone. LeNet-5's and the linear ones were tried on MNIST; the residual
 # networks' are those of their papers.
-RESIDUAL = {
-    "learning_rate": 0.1,
-    "optimizer": "nesterov",
-    "weight_decay": 1e-4,
-    "augment": ("crop:4", "flip"),
-}
+RESIDUAL = {"learning_rate": 0.1, "optimizer": "nesterov", "weight_decay": 1e-4}
 RECIPES: dict[str, dict[str, Any]] = {
-    "lenet5": {"augment": ("shift:2",), "weight_decay": 1e-4},
+    "lenet5": {"weight_decay": 1e-4},
     "linear": {"optimizer": "adam", "learning_rate": 1e-3},
     "resnet*_cifar": RESIDUAL,
     "resnet20": RESIDUAL,
@@ -127,10 +122,22 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
-def recipe(backbone: str | None = None, **changes: Any) -> ClassifierConfig:
-    """The settings known to work for a backbone (the defaults where none are), with `changes` made."""
+AUGMENTATIONS: dict[str, tuple[str, ...]] = {
+    "digits": ("crop:1",),
+    "mnist": ("crop:2",),
+    "fashion-mnist": ("crop:2", "flip"),
+    "cifar10": ("crop:4", "flip"),
+}
+"""By dataset: a mirrored digit is none. Of other images nothing is known, and linear models take none."""
+
+
+def recipe(backbone: str | None = None, dataset: str | None = None, **changes: Any) -> ClassifierConfig:
+    """The settings known to work for a backbone on a dataset (the defaults where none are), with `changes`
+    made."""
     name = backbone or ClassifierConfig.backbone
     settings = next((r for pattern, r in RECIPES.items() if fnmatch.fnmatchcase(name, pattern)), {})
+    if name != "linear":
+        settings = {**settings, "augment": AUGMENTATIONS.get(dataset or "", ())}
     return ClassifierConfig(**{"backbone": name, **settings, **changes})
 
 
@@ -150,6 +157,10 @@ class BackboneClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.backbone(preprocess(images, self.space))
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """The backbone's last map (B, C', h, w)."""
+        return self.backbone.feature_map(preprocess(images, self.space))
 
     def forward_train(self, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         return self.backbone.forward_train(preprocess(images, self.space))
@@ -317,8 +328,7 @@ class Classifier(Model):
 
     def training(self, dataset: Dataset, epochs: float, log_every: int = 100) -> Iterator[Row]:
         check_dataset(dataset, self.space, self.classes)
-        train = dataset.train.to(self.device)
-        validation = dataset.validation.to(self.device)
+        train = dataset.train.to(self.device) if fits(dataset.train, self.device) else dataset.train
         self.shuffle = Shuffle(len(train), self.config.batch_size, self.shuffle_seed)
         if self.stored_shuffle is not None:
             self.shuffle.restore(self.stored_shuffle)
@@ -327,12 +337,13 @@ class Classifier(Model):
         losses = torch.zeros(2, device=self.device)  # sums of loss and of right answers
         images, steps, clock = 0, 0, time.perf_counter()
         while self.grad_step < total_steps:
-            index = self.shuffle.next().to(self.device)
+            index = self.shuffle.next().to(train.images.device)
             epoch = self.grad_step / self.shuffle.batches
             rate = rate_at(epoch, epochs, self.config)
             reporting = (self.grad_step + 1) % log_every == 0 or self.shuffle.at_end
             before = self.weight_vector() if reporting else None
-            losses += self.update(train.images[index], train.labels[index], rate)
+            batch = train.images[index].to(self.device), train.labels[index].to(self.device)
+            losses += self.update(*batch, rate)
             images, steps, self.grad_step = images + len(index), steps + 1, self.grad_step + 1
             if not reporting and self.grad_step < total_steps:
                 continue
@@ -352,7 +363,7 @@ class Classifier(Model):
                 ).item()
             row["speed/images_per_s"] = images / (time.perf_counter() - clock)
             if self.shuffle.at_end or self.grad_step >= total_steps:
-                scores = self.evaluate(validation)
+                scores = self.evaluate(dataset.validation)
                 row |= {"validation/loss": scores.loss, "validation/accuracy": 1 - scores.error}
             yield row
             losses.zero_()

@@ -31,7 +31,7 @@ class KNNConfig:
             raise ValueError(f"candidates must be whole numbers of 1 or more, got {self.candidates}")
 
 
-def recipe(backbone: str | None = None, **changes: Any) -> KNNConfig:
+def recipe(backbone: str | None = None, dataset: str | None = None, **changes: Any) -> KNNConfig:
     return KNNConfig(**changes)
 
 

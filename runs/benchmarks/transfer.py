@@ -3,13 +3,14 @@
     python -m foveal.runs.benchmarks.transfer            # finished cells are skipped
     python -m foveal.runs.benchmarks.transfer --report   # the table of what is there, as Markdown
 
-A classifier with the encoder `minatar-norm` learns, on frames of a random policy, how far the ball is from the
-paddle. Its encoder then goes into PQN in four ways, each with the same seeds and 200,000 environment steps:
-`end-to-end` does not use it, `random-frozen` keeps a random encoder as it is, `pretrained-frozen` and
+A classifier with the encoder `minatar-norm` learns, on frames of a random policy, how far the ball is from
+the paddle. Its encoder then goes into PQN in four ways, each with the same seeds and 200,000 environment
+steps: `end-to-end` does not use it, `random-frozen` keeps a random encoder as it is, `pretrained-frozen` and
 `pretrained-finetuned` start from the classifier's. The score is the mean of 100 fresh episodes of the last
 weights. One thread; a cell is one variant and one seed.
 """
 
+import itertools
 import resource
 import sys
 import time
@@ -83,7 +84,7 @@ def frames_of(count: int, seed: int = 0) -> Dataset:
     env.close()
     pixels, truth = torch.from_numpy(np.stack(images[:count])), torch.tensor(np.array(labels[:count]))
     cuts = (0, count * 8 // 10, count * 9 // 10, count)
-    train, validation, test = (Split(pixels[a:b], truth[a:b].long()) for a, b in zip(cuts, cuts[1:]))
+    train, validation, test = (Split(pixels[a:b], truth[a:b].long()) for a, b in itertools.pairwise(cuts))
     classes = tuple(f"{distance:+d}" for distance in range(-FARTHEST, FARTHEST + 1))
     return Dataset("breakout", train, validation, test, classes, int(space.high.max()))
 
