@@ -21,7 +21,7 @@ from .fit import load_run
 from .lifecycle import say
 from .model_plots import embedding, filters_grid, labelled_grid
 from .run import open_run
-from .video import frames_per_second, write_mp4
+from .video import NoVideo, frames_per_second, write_mp4
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,8 @@ class Scores(nn.Module):
 
 def play(agent: Agent, seed: int) -> tuple[Tensor, Tensor, Tensor, float]:
     """A greedy episode: observations (T, C, H, W), states before them (T, S), actions (T,) from 0, return."""
-    spec = {**agent.env_spec(), "num_envs": 1, "seed": seed}
-    env = make_vec(**spec, training=False)
+    spec = {**agent.env_spec(), "num_envs": 1, "seed": seed, "training": False}
+    env = make_vec(**spec)
     start = int(agent.action_space.start)  # type: ignore[attr-defined]
     observed, states, actions, total = [], [], [], 0.0
     obs, state, first = env.reset(), None, np.ones(1, np.bool_)
@@ -305,7 +305,16 @@ def film(
         even(grid([overlay(image), overlay(image, part, limit)], columns=2))
         for image, part in zip(bright, heat)
     )
-    write_mp4(path, frames, frames_per_second(agent.env_spec()["env_id"]))
+    try:
+        speed = frames_per_second(agent.env_spec()["env_id"])
+    except NoVideo:  # the environment draws no pictures, but its observations are some
+        speed = 30.0
+    beside = path.with_name(f".{path.stem}.tmp.mp4")
+    try:
+        write_mp4(beside, frames, speed)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
     return path
 
 

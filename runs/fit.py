@@ -208,7 +208,9 @@ def _fit(run: Run, model: Model, options: FitOptions, dataset: Dataset) -> Run:
     with stop_signals() as stop, show_progress as show:
         for row in model.training(dataset, options.epochs, options.log_every):
             now = row["grad_step"]
-            if row.get(model.chosen_by, float("-inf")) >= best:  # of equals the one trained for longer
+            if (
+                model.chosen_by in row and row[model.chosen_by] >= best
+            ):  # of equals the one trained for longer
                 best = row[model.chosen_by]
                 (checkpoints / "best").mkdir(exist_ok=True)
                 model.save(checkpoints / "best" / "weights.safetensors")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..vision.explain import grid
 from .plots import EVALUATION, TRAINING, dress, write_png
 
 if TYPE_CHECKING:
@@ -130,23 +131,26 @@ def confusion_matrix(
 
 
 def filters_grid(filters: np.ndarray, path: Path, *, title: str = "", most: int = 96) -> Path:
-    """Write the weights (O, C, h, w) of a first layer to a PNG: in colour where C is 3, else a row a channel
-    pair, each filter scaled to its own largest weight; at most `most` of them."""
-    shown = filters[:most]
-    if shown.shape[1] != 3:
-        shown = shown.reshape(-1, 1, *shown.shape[2:])[:most]
+    """Write the weights (O, C, h, w) of a first layer to a PNG: in colour where C is 3, else one picture for
+    each pair of filter and channel; each scaled to its own largest weight, at most `most` of them."""
+    from matplotlib import colormaps
+
+    pairs = filters if filters.shape[1] == 3 else filters.reshape(-1, 1, *filters.shape[2:])
+    shown = pairs[:most]
     scale = np.abs(shown).max(axis=(1, 2, 3), keepdims=True).clip(min=1e-12)
     pictures = np.moveaxis(0.5 + 0.5 * shown / scale, 1, -1)
-    columns = min(len(pictures), 12)
-    lines = math.ceil(len(pictures) / columns)
-    figure = new_figure(max(4.0, 0.9 * columns), 0.9 * lines + 0.7)
-    for number, panel in enumerate(figure.subplots(lines, columns, squeeze=False).flat):
-        panel.set_axis_off()
-        if number < len(pictures):
-            panel.imshow(pictures[number].squeeze(-1) if pictures.shape[-1] == 1 else pictures[number],
-                         cmap="RdBu_r", vmin=0, vmax=1)  # fmt: skip
-    more = f", {len(pictures)} of {len(filters) * filters.shape[1]}" if len(filters) > most else ""
-    figure.suptitle(f"{title}: first layer{more}", fontsize=12, x=0.01, ha="left")
+    if pictures.shape[-1] == 1:
+        pictures = colormaps["RdBu_r"](pictures[..., 0])[..., :3]
+    side = max(1, round(80 / max(pictures.shape[1:3])))
+    enlarged = np.rint(255 * pictures).astype(np.uint8).repeat(side, 1).repeat(side, 2)
+    whole = grid(list(enlarged), columns=min(len(enlarged), 12), gap=8)
+    figure = new_figure(max(4.0, whole.shape[1] / 100), whole.shape[0] / 100 + 0.5)
+    axes = figure.add_subplot()
+    axes.imshow(whole, interpolation="nearest")
+    axes.set_axis_off()
+    more = f", {len(shown)} of {len(pairs)}" if len(pairs) > most else ""
+    heading = f"{title}: first layer{more}" if title else f"first layer{more}"
+    figure.suptitle(heading, fontsize=12, x=0.01, ha="left")
     return write_png(figure, path)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .backbone import Backbone, kaiming_init, variant
+from .backbone import AveragePoolTo, Backbone, kaiming_init, variant
 from .norm import make_norm, resolve_norm
 
 
@@ -60,7 +60,7 @@ class AlexNet(Backbone):
             inputs = outputs
         self.pool5 = nn.MaxPool2d(3, stride=2, ceil_mode=True)
         self.stages["pool5"] = ["pool5"]
-        self.avgpool = nn.AdaptiveAvgPool2d(6)
+        self.avgpool = AveragePoolTo(6)
         self.flatten = nn.Flatten()
         self.fc6 = nn.Linear(256 * 6 * 6, 4096)
         self.relu6 = nn.ReLU(inplace=True)

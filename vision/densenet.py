@@ -125,8 +125,7 @@ class DenseNet(Backbone):
 
 
 def _cifar(summary: str, depth: int, growth: int, bc: bool = False) -> Callable[..., Backbone]:
-    """Three blocks; BC networks have two convolutions a layer, half the maps and a stem of twice the
-    growth."""
+    """Three blocks; BC: two convolutions a layer, transitions that halve, a stem of twice the growth."""
     layers = (depth - 4) // (6 if bc else 3)
     return variant(
         summary,

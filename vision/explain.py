@@ -4,8 +4,8 @@ Attributions are captum's: saliency (Simonyan et al. 2013, 1312.6034), guided ba
 al. 2014, 1412.6806), integrated gradients (Sundararajan et al. 2017, 1703.01365) and occlusion (Zeiler and
 Fergus 2013, 1311.2901). Where we deviate: guided backpropagation changes ReLUs as they are called, while
 captum 0.9 hooks their modules, misses ReLUs that are functions, and clips the gradient of a skip connection
-that begins at the input of a ReLU. Whether a method shows what was learned is what "Sanity Checks for Saliency
-Maps" (Adebayo et al. 2018, 1810.03292) ask; guided backpropagation largely does not.
+that begins at the input of a ReLU. Whether a method shows what was learned is what "Sanity Checks for
+Saliency Maps" (Adebayo et al. 2018, 1810.03292) ask; guided backpropagation largely does not.
 """
 
 import copy
@@ -80,7 +80,7 @@ def attribute(function: nn.Module, x: Tensor, target: Tensor, method: str, **opt
     if targets.min() < 0 or targets.max() >= scores.shape[1]:
         raise ValueError(f"target must be in 0..{scores.shape[1] - 1}, got {target.tolist()}")
 
-    with warnings.catch_warnings(), torch.enable_grad():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # captum tells that it asks for the gradient of the images
         result: Tensor
         match method:
@@ -394,9 +394,7 @@ def _blend(picture: np.ndarray, heat: np.ndarray, limit: float | None, signed: b
     if signed is None:
         signed = bool((heat < 0).any())
     colors = _colormap("bwr")(heat / 2 + 0.5) if signed else _colormap("inferno")(heat)  # (H, W, 4) in 0..1
-    opacity = (
-        0.8 * np.sqrt(np.abs(heat))[..., None]
-    )  # the root, because most maps are a few peaks over little
+    opacity = 0.8 * np.sqrt(np.abs(heat))[..., None]  # the root, because most maps are few peaks over little
     return np.rint((1 - opacity) * picture + opacity * 255 * colors[..., :3]).astype(np.uint8)
 
 

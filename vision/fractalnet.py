@@ -50,10 +50,10 @@ class ConvNorm(nn.Sequential):
 
 
 class Fractal(nn.Module):
-    """f_C: one convolution beside two f_{C-1} in a row: (B, inputs, h, w) -> C paths, each (B, outputs, h,
-    w).
+    """f_C: one convolution beside two f_(C-1) in a row.
 
-    The first path is the shallow one. Those that end at the same place are joined at once.
+    (B, inputs, h, w) -> C paths, each (B, outputs, h, w). The first path is the shallow one. Those that
+    end at the same place are joined at once.
     """
 
     def __init__(self, columns: int, inputs: int, outputs: int, norm: str, dropout: float, drop: float):

@@ -7,7 +7,7 @@ gives the logits.
 
 from torch import nn
 
-from .backbone import Backbone, kaiming_init, variant
+from .backbone import AveragePoolTo, Backbone, kaiming_init, variant
 from .norm import make_norm, resolve_norm
 
 
@@ -29,7 +29,7 @@ class LeNet5(Backbone):
         self.norm2 = make_norm(norm, 16)
         self.relu2 = nn.ReLU(inplace=True)
         self.pool2 = nn.MaxPool2d(2)
-        self.avgpool = nn.AdaptiveAvgPool2d(5)
+        self.avgpool = AveragePoolTo(5)
         self.classifier = nn.Sequential(
             nn.Flatten(),
             nn.Linear(16 * 5 * 5, 120),

@@ -1,12 +1,13 @@
 """Residual networks.
 
 - ResNet: "Deep residual learning for image recognition" (He et al. 2015, 1512.03385), the bottleneck's
-stride in its 3x3 convolution as in torchvision; for CIFAR with shortcuts of kind A, zero-padded identities.
-- Pre-activation ResNet: "Identity mappings in deep residual networks" (He et al. 2016, 1603.05027). -
-Stochastic depth: "Deep networks with stochastic depth" (Huang et al. 2016, 1603.09382). A dropped block's
-branch is computed and multiplied by 0, so that the network can be compiled and stacked; its batch statistics
-still count. - Wide ResNet: "Wide residual networks" (Zagoruyko and Komodakis 2016, 1605.07146). - ResNeXt:
-"Aggregated residual transformations for deep neural networks" (Xie et al. 2016, 1611.05431).
+  stride in its 3x3 convolution as in torchvision; for CIFAR with shortcuts of kind A, zero-padded identities.
+- Pre-activation ResNet: "Identity mappings in deep residual networks" (He et al. 2016, 1603.05027).
+- Stochastic depth: "Deep networks with stochastic depth" (Huang et al. 2016, 1603.09382). A dropped block's
+  branch is computed and multiplied by 0, so that the network can be compiled and stacked; its batch
+  statistics still count.
+- Wide ResNet: "Wide residual networks" (Zagoruyko and Komodakis 2016, 1605.07146).
+- ResNeXt: "Aggregated residual transformations for deep neural networks" (Xie et al. 2016, 1611.05431).
 """
 
 from typing import Any
@@ -25,8 +26,7 @@ def _conv(inputs: int, outputs: int, kernel_size: int, stride: int, norm: str, g
 
 
 class StochasticDepth(nn.Module):
-    """Training: the whole batch's branch is kept with probability `survival`. Evaluation: it is scaled by
-    it."""
+    """Keeps the whole batch's branch with probability `survival`; in evaluation, scales it by that."""
 
     def __init__(self, survival: float):
         super().__init__()
@@ -39,8 +39,7 @@ class StochasticDepth(nn.Module):
 
 
 class PadShortcut(nn.Module):
-    """Shortcut of kind A: every `stride`-th pixel, and channels of zeros behind the others up to
-    `outputs`."""
+    """Shortcut of kind A: every `stride`-th pixel, channels filled up with zeros to `outputs`."""
 
     def __init__(self, outputs: int, stride: int):
         super().__init__()
@@ -60,8 +59,7 @@ def _shortcut(inputs: int, outputs: int, stride: int, norm: str, pad: bool) -> n
 
 
 class BasicBlock(nn.Module):
-    """relu(x + norm(conv(relu(norm(conv(x)))))), both 3x3: (B, inputs, h, w) -> (B, planes, h / stride,
-    ...)."""
+    """relu(x + norm(conv(relu(norm(conv(x)))))), both 3x3: (B, inputs, h, w) -> (B, planes, h', w')."""
 
     expansion = 1
     """Output channels per plane."""

@@ -11,8 +11,10 @@ from .norm import make_norm, resolve_norm
 
 
 class Fire(nn.Module):
-    """1x1 convolution to `squeeze` maps, then 1x1 and 3x3 side by side: (B, inputs, h, w) -> (B, 2 expand,
-    h, w)."""
+    """1x1 convolution to `squeeze` maps, then 1x1 and 3x3 side by side, each to `expand`.
+
+    (B, inputs, h, w) -> (B, 2 * expand, h, w).
+    """
 
     def __init__(self, inputs: int, squeeze: int, expand: int, norm: str):
         super().__init__()

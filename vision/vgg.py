@@ -7,7 +7,7 @@ small ones first and starts the large ones from their weights.
 
 from torch import nn
 
-from .backbone import Backbone, kaiming_init, variant
+from .backbone import AveragePoolTo, Backbone, kaiming_init, variant
 from .norm import make_norm, resolve_norm
 
 WIDTHS = (64, 128, 256, 512, 512)
@@ -47,7 +47,7 @@ class VGG(Backbone):
                 inputs = width
             self.features.append(nn.MaxPool2d(2))
             self.stages[f"block{i}"] = [f"features.{j}" for j in range(start, len(self.features))]
-        self.avgpool = nn.AdaptiveAvgPool2d(7)
+        self.avgpool = AveragePoolTo(7)
         self.flatten = nn.Flatten()
         self.classifier = nn.Sequential(
             nn.Linear(512 * 7 * 7, 4096),
