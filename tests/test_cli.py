@@ -227,7 +227,7 @@ def test_own_environment_and_own_encoder(monkeypatch, capsys):
     ("arguments", "message"),
     [
         (["tran"], "unknown command 'tran'; nearest: train"),
-        (["train", "dqnn"], "unknown agent 'dqnn'; nearest: dqn"),
+        (["train", "dqnn"], "unknown agent or model 'dqnn'; nearest: dqn"),
         (["train", "dqn", "--env-id", "CartPol-v1"], "CartPole-v1"),
         (["train", "dqn", "--encoder", "natur"], "unknown encoder 'natur'; nearest: nature"),
         (["train", "dqn", "--encoder", "nature"], "NatureCNN takes images"),

@@ -492,6 +492,30 @@ def test_receptive_fields(part, size, stride, offset):
         assert columns == (max(0, first), min(width, first + size))
 
 
+def test_receptive_field_behind_a_network_that_normalises_its_images():
+    """Images below 0 everywhere close no ReLU, and residual sums reach no ReLU6's end."""
+
+    class Part(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(1, 4, 3, padding=1)
+            self.act = nn.ReLU6(inplace=True)
+
+        def forward(self, x):
+            x = self.conv(100 * x - 5)
+            for _ in range(4):
+                x = x + F.max_pool2d(F.relu(self.act(x)), 3, 1, 1)
+            return x
+
+    assert receptive_field(Part(), (1, 30, 30), [(15, 2)]) == [((10, 21), (0, 8))]
+
+    class Constant(nn.Module):
+        def forward(self, x):
+            return 0 * x
+
+    assert receptive_field(Constant(), (1, 5, 7), [(1, 1)]) == [((0, 5), (0, 7))], "nothing is known"
+
+
 def test_receptive_field_of_the_nature_network():
     """8x8 at stride 4, 4x4 at stride 2, 3x3: 36 pixels, 8 apart."""
     encoder: Any = make_encoder("nature-norm", spaces.Box(0, 255, (4, 84, 84), np.uint8))
@@ -551,6 +575,8 @@ def test_overlay_of_nothing_is_the_image_enlarged():
     assert np.array_equal(overlay(grey, torch.zeros(84, 100)), picture), "and a map of zeros hides nothing"
     rgb = torch.randint(2, 256, (3, 300, 256), dtype=torch.uint8)
     assert np.array_equal(overlay(rgb), rgb.numpy().transpose(1, 2, 0)), "large enough as it is"
+    red = torch.tensor([200, 0, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 256, 256)
+    assert overlay(red, torch.zeros(256, 256))[7, 7].tolist() == [60, 60, 60], "grey under a map"
     stack = torch.randint(2, 256, (4, 256, 256), dtype=torch.uint8)
     assert np.array_equal(overlay(stack)[..., 1], stack[-1]), "the last frame"
 
@@ -584,6 +610,10 @@ def test_overlay_colours():
     assert signed[0, 2].tolist() == mixed((0, 0, 1), 0.8), "blue below"
     assert signed[0, 1].tolist() == mixed(bwr(0.625), 0.4)
     assert signed[5, 5].tolist() == [100, 100, 100]
+    # Many strong values, and one that stands out: that one is not what full colour means.
+    heat[1:9], heat[9, 9] = 0.3, 50.0
+    assert overlay(image, np.abs(heat))[1, 0].tolist() == mixed(inferno(1.0), 0.8)
+    heat[1:9], heat[9, 9] = 0.0, 0.0
     # The same scale for all frames of a film.
     film = overlay(image, np.abs(heat), limit=8.0, signed=True)
     assert film[0, 0].tolist() == mixed(bwr(0.625), 0.4)

@@ -360,6 +360,7 @@ def test_list_runs_names_damaged_folders(tmp_path):
         "grad_step": 8,
         "epoch": None,
         "score": 490.5,
+        "test_error": None,
         "wall_s": 12.0,
     }
 

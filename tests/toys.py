@@ -92,7 +92,7 @@ GREY = spaces.Box(0, 255, (1, 20, 20), np.uint8)
 
 
 class Sides(gym.Env):
-    """An image is bright on its left or right half, and which is to be told, four times: reward 1 if right."""
+    """An image is bright on its left or right half, which is to be told, four times: reward 1 if right."""
 
     observation_space = GREY
     action_space = spaces.Discrete(2)

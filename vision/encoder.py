@@ -322,13 +322,13 @@ def default_encoder(space: spaces.Space) -> str:
 def make_encoder(name: str, observation_space: spaces.Space, **kwargs: Any) -> Encoder:
     """Build an encoder for a space.
 
-    `name` is a key of `ENCODERS`; a backbone, `BACKBONE[@STAGE][,norm=KIND][,features_dim=N]`, where BACKBONE is
-    a key of `BACKBONES`, `timm/NAME` or `torchvision/NAME` (these also with `,pretrained=1`); `auto` for the default of the space;
-    `module:Class` for one of your own (anything with the Encoder's constructor and a `features_dim`); or the
-    path of a trained run or weights file, whose encoder is then loaded (`PATH@STAGE` cuts a trained backbone
-    there). For a Dict space the name goes to the images in it and every other
-    key gets an mlp, or `IMAGES+VECTORS` names both, such as `nature+mlp-tanh`; where the space has no images,
-    a single name goes to every key.
+    `name` is a key of `ENCODERS`; a backbone, `BACKBONE[@STAGE][,norm=KIND][,features_dim=N]`, where BACKBONE
+    is a key of `BACKBONES`, `timm/NAME` or `torchvision/NAME` (these also with `,pretrained=1`); `auto` for
+    the default of the space; `module:Class` for one of your own (anything with the Encoder's constructor and
+    a `features_dim`); or the path of a trained run or weights file, whose encoder is then loaded
+    (`PATH@STAGE` cuts a trained backbone there). For a Dict space the name goes to the images in it and every
+    other key gets an mlp, or `IMAGES+VECTORS` names both, such as `nature+mlp-tanh`; where the space has no
+    images, a single name goes to every key.
 
     Raises ValueError for an unknown name, with the nearest ones, and for weights of another spec.
     """

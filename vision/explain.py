@@ -299,8 +299,9 @@ def receptive_field(
     """For each cell (row, column) of a map, the pixels that it can depend on: ((top, bottom), (left, right)).
 
     Where the gradient with respect to an image (C, H, W) is not zero, in a copy in which no path is closed:
-    all weights positive, ReLUs open, means in the place of maxima, and no normalisation, which would make
-    everything depend on everything. Stops are exclusive.
+    all weights positive, ReLUs the identity, means in the place of maxima, and no normalisation, which would
+    make everything depend on everything. Stops are exclusive; where no gradient arrives at all, the whole
+    image.
     """
     opened = nn.ModuleList([copy.deepcopy(network_part).eval()]).cpu()
     for module in list(opened.modules()):
@@ -311,9 +312,8 @@ def receptive_field(
         for name, parameter in opened.named_parameters():
             many = parameter[0].numel() if parameter.ndim else 1
             parameter.fill_(0.0 if name.endswith("bias") else 1 / many)
-    # Small, so that residual sums stay below where a ReLU6 closes.
-    x = torch.full((1, *image_shape), 1e-3, requires_grad=True)
-    with torch.enable_grad(), _MeansForMaxima():
+    x = torch.zeros(1, *image_shape, requires_grad=True)
+    with torch.enable_grad(), _Opened():
         maps = opened[0](x).sum(1)[0]  # (h, w)
         gradients = [torch.autograd.grad(maps[cell], x, retain_graph=True)[0] for cell in cells]
     return [
@@ -323,15 +323,19 @@ def receptive_field(
 
 def _span(touched: Tensor) -> Span:
     (where,) = touched.nonzero(as_tuple=True)
-    return (int(where[0]), int(where[-1]) + 1) if len(where) else (0, 0)
+    return (int(where[0]), int(where[-1]) + 1) if len(where) else (0, len(touched))
 
 
-class _MeansForMaxima(TorchFunctionMode):
-    """While it is entered, max pooling is average pooling."""
+class _Opened(TorchFunctionMode):
+    """While it is entered, max pooling is average pooling, and ReLU and ReLU6 are the identity."""
+
+    identity = (*_GuidedReLUs.functions, F.relu6, F.hardtanh)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        pools = func in (F.max_pool2d, torch.max_pool2d)
-        return (_mean_pool if pools else func)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in self.identity:
+            return args[0] if args else kwargs["input"]
+        return (_mean_pool if func in (F.max_pool2d, torch.max_pool2d) else func)(*args, **kwargs)
 
 
 def _mean_pool(
@@ -360,14 +364,15 @@ def overlay(
 ) -> np.ndarray:
     """An image under a heat map, enlarged without smoothing: (H', W', 3) uint8.
 
-    The stronger the map, the more its colour covers the image; where it is 0 the image shows as it is.
-    Colours are matplotlib's: `inferno`, or for signed maps `bwr`, red above 0 and blue below.
+    Under a map the image is grey, and the stronger the map, the more its colour covers it; where it is 0 the
+    image shows. Colours are matplotlib's: `inferno`, or for signed maps `bwr`, red above 0 and blue below.
 
     Args:
         image: (C, H, W) uint8: grey, RGB, or a stack of frames, of which the last is shown. Binary planes (no
             value above 1) are shown in a colour each.
         heat: (H, W), finite, or None for the image alone.
-        limit: magnitude of full colour; by default the map's largest. A film needs one for all its frames.
+        limit: magnitude of full colour; by default the map's 99th percentile, or its largest where that is 0.
+            A film needs one for all its frames.
         signed: whether the map is one of both signs; by default, whether it has a negative value.
 
     Raises ValueError for other shapes, dtypes and values.
@@ -386,8 +391,8 @@ def overlay(
 
 
 def _blend(picture: np.ndarray, heat: np.ndarray, limit: float | None, signed: bool | None) -> np.ndarray:
-    if limit is None:
-        limit = float(np.abs(heat).max()) or 1.0
+    if limit is None:  # single pixels often stand out by far
+        limit = float(np.quantile(np.abs(heat), 0.99)) or float(np.abs(heat).max()) or 1.0
     if not limit > 0:
         raise ValueError(f"limit must be greater than 0, got {limit!r}")
     heat = np.clip(heat / limit, -1.0, 1.0)
@@ -395,7 +400,8 @@ def _blend(picture: np.ndarray, heat: np.ndarray, limit: float | None, signed: b
         signed = bool((heat < 0).any())
     colors = _colormap("bwr")(heat / 2 + 0.5) if signed else _colormap("inferno")(heat)  # (H, W, 4) in 0..1
     opacity = 0.8 * np.sqrt(np.abs(heat))[..., None]  # the root, because most maps are few peaks over little
-    return np.rint((1 - opacity) * picture + opacity * 255 * colors[..., :3]).astype(np.uint8)
+    grey = picture @ np.array([0.299, 0.587, 0.114])  # (H, W), as television weighs colours
+    return np.rint((1 - opacity) * grey[..., None] + opacity * 255 * colors[..., :3]).astype(np.uint8)
 
 
 def _rgb(image: Tensor | np.ndarray) -> np.ndarray:
