@@ -9,7 +9,7 @@ train: .venv/installed
 	.venv/bin/foveal train dqn --env-id CartPole-v1 --total-steps 50000 --seed 1
 
 test: .venv/installed
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n auto --dist worksteal
 
 slow: .venv/installed
 	.venv/bin/python -m pytest -m slow

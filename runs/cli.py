@@ -100,8 +100,9 @@ def train_model(name: str, rest: list[str]) -> int:
     from .fit import MODELS, FitOptions, fit, make_model, open_dataset
     from .seeds import train_seeds
 
-    recipe = MODELS[name].recipe(_flag(rest, "backbone"), _flag(rest, "dataset") or FitOptions.dataset)
-    about = f"Train {name} into a new run folder. Settings default to the recipe for backbone and dataset."
+    dataset = _flag(rest, "dataset") or FitOptions.dataset
+    recipe = MODELS[name].recipe(_flag(rest, "backbone"), dataset, _flag(rest, "encoder"))
+    about = f"Train {name} into a new run folder. Settings default to the recipe for network and dataset."
     checks = {"checks": Checks} if name == "classifier" else {}
     given, config = _parse_training(name, rest, about, FitOptions, recipe, **checks)
     options = given.training

@@ -301,10 +301,9 @@ def film(
         maps.append(attribute(score, observed[part].float(), actions[part], method).sum(1).cpu())
     heat = torch.cat(maps)
     limit = float(heat.abs().flatten(1).amax(1).quantile(0.95)) or 1.0  # a few frames stand out
-    frames = (
-        even(grid([overlay(image), overlay(image, part, limit)], columns=2))
-        for image, part in zip(bright, heat)
-    )
+    signed = bool((heat < 0).any())
+    pairs = ([overlay(image), overlay(image, part, limit, signed)] for image, part in zip(bright, heat))
+    frames = (even(grid(pair, columns=2)) for pair in pairs)
     try:
         speed = frames_per_second(agent.env_spec()["env_id"])
     except NoVideo:  # the environment draws no pictures, but its observations are some

@@ -18,6 +18,11 @@ settings.register_profile("foveal", deadline=None, derandomize=True, database=No
 settings.load_profile("foveal")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The README's blocks, by far the longest test, first: the others run beside it, where there are cores."""
+    items.sort(key=lambda item: item.name != "test_the_blocks_work")
+
+
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
     random.seed(0)

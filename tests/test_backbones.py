@@ -878,6 +878,29 @@ def test_first_weights():
     assert build("nin").block1[0].weight.detach().std() == pytest.approx((2 / 75) ** 0.5, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    ("name", "mode", "linear"),
+    [
+        ("lenet5", "fan_in", 0),
+        ("alexnet", "fan_in", 3),
+        ("vgg11", "fan_out", 3),
+        ("nin", "fan_in", 0),
+        ("googlenet", "fan_out", 0),
+        ("resnet20", "fan_out", 0),
+        ("densenet_40_12", "fan_in", 0),
+    ],
+)
+def test_every_convolution_starts_with_kaiming_s_weights(name, mode, linear):
+    with (
+        mock.patch.object(nn.init, "kaiming_normal_") as kaiming,
+        mock.patch.object(nn.init, "normal_") as normal,
+    ):
+        backbone = fresh(name)
+    drawn = {id(call.args[0]): call.kwargs["mode"] for call in kaiming.call_args_list}
+    assert drawn == {id(m.weight): mode for m in backbone.modules() if isinstance(m, nn.Conv2d)}
+    assert [call.kwargs for call in normal.call_args_list] == [{"std": 0.01}] * linear
+
+
 def test_cifar_networks_have_two_names():
     for depth in (20, 32, 44, 56, 110):
         assert BACKBONES[f"resnet{depth}"] is BACKBONES[f"resnet{depth}_cifar"]

@@ -871,7 +871,7 @@ def test_train_evaluate_and_why_not_resume(capsys: pytest.CaptureFixture[str]) -
     ("arguments", "message"),
     [
         (["sb3/dqn", "--env-id", "Pendulum-v1"], "sb3/dqn takes Discrete actions; Pendulum-v1 has Box"),
-        (["sb3/pp0"], "unknown agent 'sb3/pp0'; nearest: sb3/ppo"),
+        (["sb3/pp0"], "unknown agent or model 'sb3/pp0'; nearest: sb3/ppo"),
         (["sb3/ppo", "--encoder", "natur"], "unknown encoder 'natur'; nearest: nature"),
         (["sb3/ppo", "--encoder", "nature"], "NatureCNN takes images"),
         (["sb3/dqn", "--buffer-size", "1000000000000000"], "does not fit into memory"),

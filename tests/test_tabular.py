@@ -567,7 +567,7 @@ def test_killed_run_goes_on_to_the_same_end(name):
         (["value-iteration", *QUICK, "--max-error", "0"], "max_error must be greater than 0, got 0.0"),
         (["value-iteration", *QUICK, "--env-kwargs", "map=5x5"], "map '5x5' is unknown; nearest: "),
         (["value-iteration", *QUICK, "--env-kwargs", "slip=2"], "slip must be between 0 and 1, got 2"),
-        (["value-iterator"], "unknown agent 'value-iterator'; nearest: value-iteration"),
+        (["value-iterator"], "unknown agent or model 'value-iterator'; nearest: value-iteration"),
     ],
 )
 def test_wrong_input_is_one_line(arguments, message, capsys, no_table):

@@ -82,7 +82,7 @@ def test_names_say_stage_norm_and_width():
     ("name", "space", "message"),
     [
         ("resnet20@layer9", GREY, r"stage of resnet20 must be one of .*layer3, got 'layer9'"),
-        ("resnet20,depth=3", GREY, "options are norm, features_dim, got 'depth=3'"),
+        ("resnet20,depth=3", GREY, "options are norm, features_dim, pretrained, got 'depth=3'"),
         ("resnet20,features_dim=x", GREY, "features_dim takes a whole number, got 'x'"),
         ("resnet20,norm=odd", GREY, "norm must be .*batch, group, frozen, none, got 'odd'"),
         (

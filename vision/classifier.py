@@ -131,11 +131,19 @@ AUGMENTATIONS: dict[str, tuple[str, ...]] = {
 """By dataset: a mirrored digit is none. Of other images nothing is known, and linear models take none."""
 
 
-def recipe(backbone: str | None = None, dataset: str | None = None, **changes: Any) -> ClassifierConfig:
-    """The settings known to work for a backbone on a dataset (the defaults where none are), with `changes`
+ENCODER = {"optimizer": "adam", "learning_rate": 1e-3}
+"""The recipe of all encoders."""
+
+
+def recipe(
+    backbone: str | None = None, dataset: str | None = None, encoder: str | None = None, **changes: Any
+) -> ClassifierConfig:
+    """The settings known to work for a backbone or an encoder on a dataset (else the defaults), with `changes`
     made."""
     name = backbone or ClassifierConfig.backbone
     settings = next((r for pattern, r in RECIPES.items() if fnmatch.fnmatchcase(name, pattern)), {})
+    if encoder is not None:
+        settings = {**ENCODER, "encoder": encoder}
     if name != "linear":
         settings = {**settings, "augment": AUGMENTATIONS.get(dataset or "", ())}
     return ClassifierConfig(**{"backbone": name, **settings, **changes})

@@ -31,7 +31,10 @@ class KNNConfig:
             raise ValueError(f"candidates must be whole numbers of 1 or more, got {self.candidates}")
 
 
-def recipe(backbone: str | None = None, dataset: str | None = None, **changes: Any) -> KNNConfig:
+def recipe(
+    backbone: str | None = None, dataset: str | None = None, encoder: str | None = None, **changes: Any
+) -> KNNConfig:
+    """The defaults, with `changes` made: they hold for all images, and there is no network."""
     return KNNConfig(**changes)
 
 

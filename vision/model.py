@@ -35,7 +35,7 @@ class Model:
     name: ClassVar[str]
     Config: ClassVar[type]
     recipe: ClassVar[Callable[..., Any]]
-    """Settings known to work: `recipe(backbone, dataset, **changes) -> Config`."""
+    """Settings known to work: `recipe(backbone, dataset, encoder, **changes) -> Config`."""
     network: nn.Module
     resumable: ClassVar[bool] = True
     chosen_by: ClassVar[str]
