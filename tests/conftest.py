@@ -19,7 +19,7 @@ settings.load_profile("foveal")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The README's blocks, by far the longest test, first: the others run beside it, where there are cores."""
+    """The README's blocks, by far the longest test, first: others run beside it, where there are cores."""
     items.sort(key=lambda item: item.name != "test_the_blocks_work")
 
 

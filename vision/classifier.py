@@ -138,7 +138,7 @@ ENCODER = {"optimizer": "adam", "learning_rate": 1e-3}
 def recipe(
     backbone: str | None = None, dataset: str | None = None, encoder: str | None = None, **changes: Any
 ) -> ClassifierConfig:
-    """The settings known to work for a backbone or an encoder on a dataset (else the defaults), with `changes`
+    """The settings known to work for a backbone or an encoder on a dataset, else the defaults, with `changes`
     made."""
     name = backbone or ClassifierConfig.backbone
     settings = next((r for pattern, r in RECIPES.items() if fnmatch.fnmatchcase(name, pattern)), {})
