@@ -7,15 +7,33 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from ..agents import newest_first, save_checkpoint, sweep
 from ..agents.progress import progress as progress_display
-from ..vision import KNN, Classifier, Dataset, Model, check_dataset, find_weights, load_dataset, read_weights
+from ..vision import (
+    KNN,
+    Classifier,
+    Dataset,
+    Model,
+    check_dataset,
+    find_weights,
+    folds,
+    load_dataset,
+    read_weights,
+)
 from .classify import conclude_classifier
-from .lifecycle import closing, keep_first_checkpoint, load_chosen, resume_command, say, stop_signals
+from .lifecycle import (
+    RunOptions,
+    closing,
+    keep_first_checkpoint,
+    load_chosen,
+    resume_command,
+    say,
+    stop_signals,
+)
 from .run import Run, create_run, open_run, resume_run
 
 MODELS: dict[str, type[Model]] = {"classifier": Classifier, "knn": KNN}
@@ -28,7 +46,7 @@ CONCLUSIONS: dict[str, Callable[[Run, Any, Dataset, float], None]] = {
 
 
 @dataclass(frozen=True)
-class FitOptions:
+class FitOptions(RunOptions):
     """What a training run on images is, beside the model's own settings."""
 
     dataset: str = "digits"
@@ -39,57 +57,41 @@ class FitOptions:
     downloaded."""
     epochs: float = 20.0
     """Passes over the training images."""
-    seed: int = 1
-    """Seed of everything random in the run, the split into training and validation images too."""
     validation: float | None = None
     """Share (below 1) or number of training images to validate on; by default a tenth, at most 5,000."""
+    folds: int | None = None
+    """k-fold cross-validation instead: the training images in k parts, of which `fold` is held out."""
+    fold: int = 0
+    """Which of them, from 0."""
     train_size: int | None = None
     """Use only so many training images."""
     test_size: int | None = None
     """Use only so many test images."""
     image_size: int | None = None
     """Side in pixels that the images of a folder are resized to."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1...; auto is cuda where there is one."""
-    threads: int = 0
-    """CPU threads for torch; 0 is all."""
-    init_from: Path | None = None
-    """Start from the weights (only) of this run, checkpoint or file."""
-
-    results: Path = Path("results")
-    """Folder of all runs."""
-    group: str | None = None
-    """Runs to be compared share a group; by default model and dataset."""
-    name: str | None = None
-    """Name of the run; by default its seed."""
-    tags: tuple[str, ...] = ()
-    """Words to find the run by in a dashboard."""
-    track: Literal["offline", "online", "off"] = "offline"
-    """Weights & Biases: offline needs no account and no network."""
 
     log_every: int = 100
     """Gradient steps between two rows of metrics; the end of an epoch is always one, and is validated."""
     checkpoint_every: int = 1_000
     """Gradient steps between two checkpoints, at rows."""
-    progress: bool = True
-    """Show progress while training."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("train_size", "test_size", "image_size", "log_every", "checkpoint_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
+        if self.folds is not None and (self.folds < 2 or self.validation is not None):
+            raise ValueError(f"folds must be 2 or more, and takes the place of validation; got {self.folds}")
+        if not 0 <= self.fold < (self.folds or 1):
+            raise ValueError(f"fold must be from 0 to folds - 1 = {(self.folds or 1) - 1}, got {self.fold}")
         if not self.epochs > 0:
             raise ValueError(f"epochs must be greater than 0, got {self.epochs}")
-        if self.threads < 0:
-            raise ValueError(f"threads must be 0 or more, got {self.threads}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be between 0 and 2**32 - 1, got {self.seed}")
 
 
 def open_dataset(options: FitOptions) -> Dataset:
     """The dataset that a run asks for."""
-    validation = options.validation
-    return load_dataset(
+    validation = 0.0 if options.folds is not None else options.validation
+    dataset = load_dataset(
         options.dataset,
         options.data_dir,
         seed=options.seed,
@@ -98,6 +100,11 @@ def open_dataset(options: FitOptions) -> Dataset:
         train_size=options.train_size,
         test_size=options.test_size,
     )
+    if options.folds is not None:
+        train, held_out = folds(dataset.train.labels, options.folds, options.seed)[options.fold]
+        parts = {"train": dataset.train.take(train), "validation": dataset.train.take(held_out)}
+        dataset = replace(dataset, **parts)  # type: ignore[arg-type]
+    return dataset
 
 
 def make_model(name: str, options: FitOptions, config: Any, dataset: Dataset) -> Model:

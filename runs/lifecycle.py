@@ -7,13 +7,47 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from ..agents import AGENTS, Checkpointed, load_checkpoint, newest_first, save_checkpoint
 from .run import Run
 
 T = TypeVar("T", bound=Checkpointed)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What every training run can be told, whatever is trained."""
+
+    seed: int = 1
+    """Seed of everything random in the run; with images, of their split for validation too."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1...; auto is cuda where there is one."""
+    threads: int = 0
+    """CPU threads for torch; 0 is one for vectors (more only slows small networks down), all for images."""
+    init_from: Path | None = None
+    """Start from the weights (only) of this run, checkpoint or file."""
+
+    results: Path = Path("results")
+    """Folder of all runs."""
+    group: str | None = None
+    """Runs to be compared share a group; by default what is trained on what."""
+    name: str | None = None
+    """Name of the run; by default its seed."""
+    tags: tuple[str, ...] = ()
+    """Words to find the run by in a dashboard."""
+    track: Literal["offline", "online", "off"] = "offline"
+    """Weights & Biases: offline needs no account and no network."""
+    progress: bool = True
+    """Show progress while training."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be between 0 and 2**32 - 1, got {self.seed}")
+        if self.threads < 0:
+            raise ValueError(f"threads must be 0 or more, got {self.threads}")
 
 
 def keep_first_checkpoint(run: Run, trained: Checkpointed) -> None:

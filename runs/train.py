@@ -27,6 +27,7 @@ from .evaluation import (
     validation_seed,
 )
 from .lifecycle import (
+    RunOptions,
     closing,
     imports_of,
     is_resumable,
@@ -42,15 +43,13 @@ from .video import NoVideo, record
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(RunOptions):
     """What a training run is, beside the agent's own settings."""
 
     env_id: str = "CartPole-v1"
     """Environment: a Gymnasium id, ALE/..., MinAtar/..., or module:Env-v0 for one of your own."""
     total_steps: int = 50_000
     """Environment steps to train for, all environments together."""
-    seed: int = 1
-    """Seed of everything random in the run."""
     encoder: str = "auto"
     """A name of `foveal list encoders`, module:Class, or the path of a trained run; auto is what fits agent
     and observations. For observations of several parts: IMAGES+VECTORS, such as nature+mlp-tanh."""
@@ -60,23 +59,6 @@ class Options:
     """Step limit of an episode, where the environment's own is not wanted."""
     backend: Literal["auto", "sync", "async", "native"] = "auto"
     """How environments are stepped side by side; async puts each into a process."""
-    device: str = "auto"
-    """cpu, cuda, cuda:1...; auto is cuda where there is one."""
-    threads: int = 0
-    """CPU threads for torch; 0 is one for vectors (more only slows small networks down), all for images."""
-    init_from: Path | None = None
-    """Start from the weights (only) of this run, checkpoint or file."""
-
-    results: Path = Path("results")
-    """Folder of all runs."""
-    group: str | None = None
-    """Runs to be compared share a group; by default agent and environment."""
-    name: str | None = None
-    """Name of the run; by default its seed."""
-    tags: tuple[str, ...] = ()
-    """Words to find the run by in a dashboard."""
-    track: Literal["offline", "online", "off"] = "offline"
-    """Weights & Biases: offline needs no account and no network."""
 
     log_every: int = 1_000
     """Environment steps between two rows of metrics."""
@@ -93,24 +75,20 @@ class Options:
     """Stop as soon as an evaluation reaches this mean score."""
     video: bool = True
     """Record an mp4 of the greedy policy at the end."""
-    progress: bool = True
-    """Show progress while training."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("total_steps", "log_every", "eval_episodes", "final_episodes", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("eval_every", "threads"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
+        if (self.eval_every or 0) < 0:
+            raise ValueError(f"eval_every must be 0 or more, got {self.eval_every}")
         # Between rows an agent is not whole, so nothing can come more often than they do.
         for name in ("eval_every", "checkpoint_every"):
             if 0 < (getattr(self, name) or 0) < self.log_every:
                 raise ValueError(
                     f"{name} must be at least log_every ({self.log_every}), got {getattr(self, name)}"
                 )
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed must be between 0 and 2**32 - 1, got {self.seed}")
         parse_env_kwargs(self.env_kwargs)
 
     @property

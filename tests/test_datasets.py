@@ -18,22 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
-from foveal.vision import datasets
-from foveal.vision.datasets import (
-    SOURCES,
-    Dataset,
-    Source,
-    Split,
-    batches,
-    fits,
-    folds,
-    load_dataset,
-    parse_cifar,
-    parse_idx,
-    parse_idx_pair,
-    resize,
-    stratified_order,
-)
+from foveal.vision import readers
+from foveal.vision.datasets import Dataset, batches, fits, folds, load_dataset, stratified_order
+from foveal.vision.readers import SOURCES, Source, Split, parse_cifar, parse_idx, parse_idx_pair, resize
 
 DATA = Path(os.environ.get("FOVEAL_DATA") or "/nonexistent")
 """Where the person has the real files, read before the fixture below hides it."""
@@ -45,7 +32,7 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FOVEAL_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setattr(datasets, "DEBIAN", tmp_path / "debian")
+    monkeypatch.setattr(readers, "DEBIAN", tmp_path / "debian")
 
 
 def numbered(path: Path, labels: Any, **more: Any) -> Path:
@@ -684,7 +671,7 @@ class TestFolder:
         data = load_dataset(tmp_path, validation=0, test_size=1)
         assert data.classes == ("ant", "cat", "dog")
         assert data.space.shape == (3, 6, 8)
-        parts = datasets.read_folder(tmp_path)
+        parts = readers.read_folder(tmp_path)
         assert parts.train.labels.tolist() == [0, 1, 1, 2]
         for image, key in zip(parts.train.images, [("ant", "d.tiff"), ("cat", "a.PNG"), ("cat", "b.png")]):
             assert np.array_equal(image.permute(1, 2, 0).numpy(), expected[key])
@@ -714,10 +701,10 @@ class TestFolder:
         grey = picture(tmp_path / "a" / "0.png", (6, 8))
         Image.fromarray(grey > 127).save(tmp_path / "a" / "1.png")
         Image.fromarray(np.dstack([grey, grey // 2])).save(tmp_path / "a" / "2.png")
-        parts = datasets.read_folder(tmp_path)
+        parts = readers.read_folder(tmp_path)
         assert np.array_equal(parts.train.images, [[grey], [(grey > 127) * np.uint8(255)], [grey]])
         colour = picture(tmp_path / "a" / "3.png", (6, 8, 4))
-        parts = datasets.read_folder(tmp_path)
+        parts = readers.read_folder(tmp_path)
         assert np.array_equal(parts.train.images[0], [grey] * 3)
         assert np.array_equal(parts.train.images[3].permute(1, 2, 0), colour[:, :, :3])
 
@@ -725,14 +712,14 @@ class TestFolder:
         exif = Image.Exif()
         exif[0x0112] = 6  # a quarter turn
         array = picture(tmp_path / "a" / "0.png", (6, 8), exif=exif)
-        assert np.array_equal(datasets.read_folder(tmp_path).train.images[0, 0], np.rot90(array, -1))
+        assert np.array_equal(readers.read_folder(tmp_path).train.images[0, 0], np.rot90(array, -1))
 
     def test_size_crops_and_resizes_like_pillow(self, tmp_path):
         smooth = np.add.outer(np.arange(30) * 3, np.arange(47) * 2).astype(np.uint8)
         (tmp_path / "a").mkdir()
         Image.fromarray(smooth).save(tmp_path / "a" / "0.png")
         picture(tmp_path / "a" / "1.png", (5, 5))
-        ours = datasets.read_folder(tmp_path, size=12).train.images
+        ours = readers.read_folder(tmp_path, size=12).train.images
         theirs = Image.fromarray(smooth[:, 8:38]).resize((12, 12), Image.Resampling.BILINEAR)
         assert ours.shape == (2, 1, 12, 12)
         assert np.abs(ours[0, 0].numpy().astype(int) - np.asarray(theirs)).max() <= 1
@@ -819,14 +806,14 @@ class TestNpz:
     def test_layouts_of_images(self, tmp_path):
         planes = self.IMAGES.transpose(0, 3, 1, 2)
         for array, expected in ((self.IMAGES, planes), (planes, planes), (planes[:, 0], planes[:, :1])):
-            parts = datasets.read_npz(self.save(tmp_path, images=array, labels=self.LABELS))
+            parts = readers.read_npz(self.save(tmp_path, images=array, labels=self.LABELS))
             assert np.array_equal(parts.train.images, expected)
 
     def test_size(self, tmp_path):
         data = load_dataset(self.save(tmp_path, images=self.IMAGES, labels=self.LABELS), size=10)
         assert data.space.shape == (3, 10, 10)
         assert len(data.train) + len(data.validation) + len(data.test) == 30
-        resized = resize(datasets.read_npz(tmp_path / "data.npz").train.images, 10)
+        resized = resize(readers.read_npz(tmp_path / "data.npz").train.images, 10)
         assert all((resized == image).flatten(1).all(1).any() for image in data.test.images)
 
     @pytest.mark.parametrize(

@@ -372,6 +372,33 @@ def test_a_folder_of_images_is_a_dataset(tmp_path, capsys):
     assert "the encoder of" in capsys.readouterr().err
 
 
+def test_folds_hold_out_every_training_image_once():
+    from foveal.runs.fit import FitOptions, open_dataset
+
+    whole = load_dataset("digits", validation=0)
+    held_out = [open_dataset(FitOptions(folds=4, fold=fold)) for fold in range(4)]
+    assert sum(len(dataset.validation) for dataset in held_out) == len(whole.train)
+    pixels = torch.cat([dataset.validation.images for dataset in held_out]).flatten(1)
+    assert sorted(map(tuple, pixels.tolist())) == sorted(map(tuple, whole.train.images.flatten(1).tolist()))
+    for dataset in held_out:
+        assert len(dataset.train) + len(dataset.validation) == len(whole.train)
+        assert torch.equal(dataset.test.images, whole.test.images)
+    with pytest.raises(ValueError, match="fold must be from 0 to folds - 1 = 3, got 4"):
+        FitOptions(folds=4, fold=4)
+    with pytest.raises(ValueError, match="folds must be 2 or more"):
+        FitOptions(folds=1)
+
+
+def test_without_validation_images_the_last_weights_count(capsys):
+    assert main([*QUICK, "--validation", "0"]) == 0
+    run = run_folder()
+    assert not any("validation/accuracy" in row for row in rows_of(run))
+    assert not (run / "checkpoints" / "best").exists()
+    assert main(["evaluate", str(run), "--json"]) == 0
+    assert main(["train", "knn", "--validation", "0", "--track", "off"]) == 2
+    assert "knn chooses k by validation images, of which there are none" in capsys.readouterr().err
+
+
 def test_neighbours_are_trained_by_the_same_command(capsys):
     command = ["train", "knn", "--metric", "l1", "--train-size", "400", "--track", "off", "--no-progress"]
     assert main(command) == 0

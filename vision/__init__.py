@@ -5,7 +5,7 @@ from .backbone import Backbone
 from .backbone_encoder import BackboneEncoder
 from .backbones import BACKBONES, make_backbone
 from .classifier import Classifier, ClassifierConfig, check_dataset
-from .datasets import Dataset, Split, batches, folds, load_dataset
+from .datasets import Dataset, batches, folds, load_dataset
 from .encoder import (
     ENCODERS,
     MLP,
@@ -26,6 +26,7 @@ from .encoder import (
 )
 from .knn import KNN, KNNConfig
 from .model import Model, resolve_device
+from .readers import Split
 from .spaces import is_image, space_from_json, space_to_json
 from .weights import find_weights, read_weights, write_weights
 

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from .augment import make_augment, mixup
 from .backbone import check_size
 from .backbones import make_backbone
-from .datasets import Dataset, Split, fits
+from .datasets import Dataset, fits
 from .encoder import describe_encoder, flat_size, make_encoder, preprocess
 from .model import Model, Row, Shuffle, pack, seeds_of, unpack
+from .readers import Split
 
 Optimizer = Literal["sgd", "momentum", "nesterov", "adagrad", "rmsprop", "adam", "adamw", "lbfgs"]
 Schedule = Literal["constant", "step", "cosine", "exponential", "inverse"]
@@ -370,7 +371,7 @@ class Classifier(Model):
                     (after - before).norm() / before.norm().clamp(min=1e-12)
                 ).item()
             row["speed/images_per_s"] = images / (time.perf_counter() - clock)
-            if self.shuffle.at_end or self.grad_step >= total_steps:
+            if (self.shuffle.at_end or self.grad_step >= total_steps) and len(dataset.validation):
                 scores = self.evaluate(dataset.validation)
                 row |= {"validation/loss": scores.loss, "validation/accuracy": 1 - scores.error}
             yield row

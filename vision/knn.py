@@ -13,8 +13,9 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from .classifier import Scores, check_dataset
-from .datasets import Dataset, Split
+from .datasets import Dataset
 from .model import Model, Row
+from .readers import Split
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class KNN(Model):
     def training(self, dataset: Dataset, epochs: float = 1.0, log_every: int = 100) -> Iterator[Row]:
         """Remember the training images and choose k: one row."""
         check_dataset(dataset, self.space, self.classes)
+        if not len(dataset.validation):
+            raise ValueError("knn chooses k by validation images, of which there are none (--validation)")
         candidates = [k for k in self.config.candidates if k <= len(dataset.train)]
         if not candidates:
             raise ValueError(

@@ -25,7 +25,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
-from ...vision.datasets import Split, batches, fits, load_dataset
+from ...vision.datasets import batches, fits, load_dataset
+from ...vision.readers import Split
 from ..statistics import bootstrap_ci
 from .common import RESULTS, argument_parser, machine_info, write_results
 
