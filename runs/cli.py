@@ -322,7 +322,7 @@ def list_command(arguments: list[str]) -> int:
         if given.what == what or (given.what == "all" and what != "backbones" and not given.input_shape):
             print(what)
             for name, thing in registry.items():
-                print(f"  {name:<16} {_first_line(thing)}")
+                print(f"  {name:<26} {_first_line(thing)}")
     if given.input_shape and given.what in ("all", "encoders", "backbones"):
         measure_encoders(
             given.input_shape, given.batch_size, BACKBONES if given.what == "backbones" else ENCODERS

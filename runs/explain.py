@@ -197,7 +197,8 @@ def attributions(
         except ValueError as reason:  # guided backpropagation through a network without ReLU, say
             say(f"{method}: none ({reason})")
             continue
-        rows.append([overlay(image, part.sum(0)) for image, part in zip(bright, maps)])
+        signed = bool((maps < 0).any())  # of all images, so that colours mean the same in all
+        rows.append([overlay(image, part.sum(0), signed=signed) for image, part in zip(bright, maps)])
         shown.append(method)
     return [("attributions", labelled_grid(rows, shown, names, out / "attributions.png"))]
 
@@ -243,6 +244,8 @@ def insides(
 
 
 EMBEDDINGS = {"PCA": "pca", "t-SNE": "tsne"}
+FASTEST = 10.0
+"""Frames a second of a film at most: attributions flicker."""
 CHANNELS = 8
 """Channels of the feature map whose patches are shown: those that respond most."""
 
@@ -305,9 +308,9 @@ def film(
     pairs = ([overlay(image), overlay(image, part, limit, signed)] for image, part in zip(bright, heat))
     frames = (even(grid(pair, columns=2)) for pair in pairs)
     try:
-        speed = frames_per_second(agent.env_spec()["env_id"])
+        speed = min(FASTEST, frames_per_second(agent.env_spec()["env_id"]))
     except NoVideo:  # the environment draws no pictures, but its observations are some
-        speed = 30.0
+        speed = FASTEST
     beside = path.with_name(f".{path.stem}.tmp.mp4")
     try:
         write_mp4(beside, frames, speed)

@@ -358,11 +358,13 @@ def report(finished: Sequence[dict[str, Any]]) -> str:
             steps = " or ".join(f"{count:,}" for count in sorted({row["steps"] for row in rows}))
             for weights in ("chosen", "last") if rows else ():
                 scores = [row[weights] for row in rows]
-                low, high = bootstrap_ci(scores)
+                mean = f"{np.mean(scores):.1f}"
+                if len(scores) > 1:  # one says nothing about its spread
+                    mean += " ({:.1f} to {:.1f})".format(*bootstrap_ci(scores))
                 mark = "" if len(scores) >= 5 else " \\*"
                 few = few or bool(mark)
                 lines.append(
-                    f"| {agent} | {steps} | {weights} | {np.mean(scores):.1f} ({low:.1f} to {high:.1f}) "
+                    f"| {agent} | {steps} | {weights} | {mean} "
                     f"| {iqm(scores):.1f} | {len(scores)}{mark} | {' '.join(f'{s:.1f}' for s in scores)} |"
                 )
         if lines:
