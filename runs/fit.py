@@ -1,7 +1,6 @@
 """Train a model on a dataset of images into a run folder: log, validate, checkpoint, stop, resume, score."""
 
 import json
-import os
 import shlex
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from ..vision import (
 )
 from .classify import conclude_classifier
 from .lifecycle import (
+    ALL_THREADS,
     RunOptions,
     closing,
     keep_first_checkpoint,
@@ -124,7 +124,7 @@ def fit(name: str, options: FitOptions, config: Any) -> Run:
 
     Raises ValueError or OSError, before any folder is made, for whatever cannot be taken.
     """
-    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    torch.set_num_threads(options.threads or ALL_THREADS)
     dataset = open_dataset(options)
     model = make_model(name, options, config, dataset)
     run = create_run(
@@ -167,7 +167,7 @@ def resume_fit(path: Path, epochs: float | None, checkpoint: str | None, progres
     run = open_run(path)
     path, stored = run.path, options_of(run)
     options = replace(stored, progress=progress, epochs=epochs or stored.epochs)
-    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    torch.set_num_threads(options.threads or ALL_THREADS)
     if run.summary.get("state") == "finished" and options.epochs <= stored.epochs:
         raise ValueError(
             f"{path} is finished: {stored.epochs:g} epochs are done; to train it further, give more --epochs"

@@ -11,10 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import torch
+
 from ..agents import AGENTS, Checkpointed, load_checkpoint, newest_first, save_checkpoint
 from .run import Run
 
 T = TypeVar("T", bound=Checkpointed)
+ALL_THREADS = torch.get_num_threads()
+"""As many as torch takes by itself: the cores, or OMP_NUM_THREADS."""
 
 
 @dataclass(frozen=True)

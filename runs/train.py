@@ -1,7 +1,6 @@
 """Train an agent into a run folder: log, evaluate, checkpoint, stop, resume, and show what came out."""
 
 import json
-import os
 import shlex
 import sys
 import time
@@ -27,6 +26,7 @@ from .evaluation import (
     validation_seed,
 )
 from .lifecycle import (
+    ALL_THREADS,
     RunOptions,
     closing,
     imports_of,
@@ -263,7 +263,7 @@ def _train(run: Run, agent: Agent, options: Options) -> Run:
 def default_threads(space: spaces.Space) -> int:
     """All cores where there are images, else one, because more only slow small networks down."""
     parts = list(space.values()) if isinstance(space, spaces.Dict) else [space]
-    return (os.cpu_count() or 1) if any(is_image(part) for part in parts) else 1
+    return ALL_THREADS if any(is_image(part) for part in parts) else 1
 
 
 def _conclude(run: Run, agent: Agent, options: Options, wall_s: float) -> None:

@@ -22,6 +22,7 @@ def run_all(blocks: list[Block], folder: Path) -> None:
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "HOME": os.environ["HOME"],
         "LANG": "C.UTF-8",
+        "OMP_NUM_THREADS": "1",  # other tests run beside this one, and threads that wait for a core spin
         **dict.fromkeys(["http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"], address),
         "NO_PROXY": "localhost,127.0.0.1",
     }
