@@ -361,7 +361,8 @@ def folder_of_images(path: Path, count: int = 20) -> Path:
 
 def test_a_folder_of_images_is_a_dataset(tmp_path, capsys):
     folder = folder_of_images(tmp_path / "pictures")
-    command = ["train", "classifier", "--encoder", "minatar", "--dataset", str(folder), "--epochs", "15"]
+    command = ["train", "classifier", "--encoder", "minatar", "--dataset", str(folder), "--epochs", "20"]
+    command += ["--learning-rate", "0.01"]
     assert main([*command, "--threads", "1", "--track", "off", "--no-progress"]) == 0
     run = run_folder()
     assert run.parent.name == "classifier-pictures"
