@@ -180,6 +180,9 @@ def resume_fit(path: Path, epochs: float | None, checkpoint: str | None, progres
     )
     if options.epochs != stored.epochs:
         run.rewind(model.grad_step)
+        best = path / "checkpoints" / "best" / "weights.safetensors"
+        if best.exists() and read_weights(best)[1]["grad_step"] > model.grad_step:  # of a row that is no more
+            best.unlink()
         as_json = {**run.config["options"], "epochs": options.epochs}
         run.configure({"epochs": options.epochs, "options": as_json})
     sweep(path / "checkpoints", after=chosen)
@@ -215,9 +218,8 @@ def _fit(run: Run, model: Model, options: FitOptions, dataset: Dataset) -> Run:
     with stop_signals() as stop, show_progress as show:
         for row in model.training(dataset, options.epochs, options.log_every):
             now = row["grad_step"]
-            if (
-                model.chosen_by in row and row[model.chosen_by] >= best
-            ):  # of equals the one trained for longer
+            # Of equals the one that was trained for longer.
+            if model.chosen_by in row and row[model.chosen_by] >= best:
                 best = row[model.chosen_by]
                 (checkpoints / "best").mkdir(exist_ok=True)
                 model.save(checkpoints / "best" / "weights.safetensors")
@@ -238,8 +240,9 @@ def _fit(run: Run, model: Model, options: FitOptions, dataset: Dataset) -> Run:
         return run
     best_file = checkpoints / "best" / "weights.safetensors"
     chosen = best_file if best_file.exists() else newest_first(checkpoints)[0] / "weights.safetensors"
-    CONCLUSIONS[model.name](run, type(model).load(chosen, device=str(model.device)), dataset, wall_s)
-    run.artifact(model.name, "model", chosen, {"grad_step": model.grad_step})
+    scored = type(model).load(chosen, device=str(model.device))
+    CONCLUSIONS[model.name](run, scored, dataset, wall_s)
+    run.artifact(model.name, "model", chosen, {"grad_step": scored.grad_step})
     say(f"weights: {chosen}")
     say(f"run folder: {run.path}")
     quoted = shlex.quote(str(run.path))

@@ -199,6 +199,22 @@ def test_more_epochs_go_on_from_the_end(trained, tmp_path, capsys):
     assert json.loads((run / "config.json").read_text())["epochs"] == 5
 
 
+def test_best_weights_of_rows_that_are_no_more_go_with_them(trained, tmp_path):
+    """From an older checkpoint with other epochs, what was best later never happened."""
+    run = tmp_path / "results" / "group" / "run"
+    shutil.copytree(trained, run)
+    newest, older = newest_first(run / "checkpoints")
+    shutil.rmtree(newest)
+    assert older.name == "step-000000000048"
+    best = run / "checkpoints" / "best" / "weights.safetensors"
+    shutil.copy(trained / "checkpoints" / newest.name / "weights.safetensors", best)  # of step 64
+    (run / "summary.json").write_text(json.dumps({"state": "stopped"}))
+    # As long as the checkpoint: nothing is left to train that could become the best.
+    assert main(["resume", str(run), "--epochs", "3", "--no-progress"]) == 0
+    assert [row["grad_step"] for row in rows_of(run)] == list(range(8, 56, 8))
+    assert not best.exists()
+
+
 # The checks that come first.
 
 
