@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -14,8 +14,10 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from ..agents import Agent, load
+from ..agents.agent import map_tensors, to_tensors
 from ..envs import make_vec
 from ..vision import find_weights, is_image, read_weights
+from ..vision.encoder import DictEncoder
 from ..vision.explain import METHODS, attribute, embed, first_layer_filters, grid, maximal_patches, overlay
 from .fit import load_run
 from .lifecycle import say
@@ -40,6 +42,8 @@ class Explain:
     """Patches shown for each channel of the feature map that responds most; 0 for none."""
     video: bool = True
     """Of an agent: an mp4 of an episode, observations beside what the first method says of them."""
+    observation: str | None = None
+    """Of an agent that sees several images: the key of the one to explain; by default the first."""
     seed: int = 100
     """Seed of the episode, and of t-SNE."""
     dataset: str | None = None
@@ -104,79 +108,171 @@ def explain_model(given: Explain, out: Path) -> list[tuple[str, Path]]:
 
 
 def explain_agent(agent: Agent, given: Explain, out: Path) -> list[tuple[str, Path]]:
-    if not is_image(agent.observation_space):
-        raise ValueError(
-            f"explain is for agents that see images; {agent.env_spec()['env_id']} shows "
-            f"{agent.observation_space}"
-        )
-    if not isinstance(agent.action_space, spaces.Discrete):
-        raise ValueError(f"explain is for agents with Discrete actions, got {agent.action_space}")
-    score = Scores(agent)
-    observed, states, actions, returned = play(agent, given.seed)
-    chosen = torch.linspace(0, len(observed) - 1, min(given.images, len(observed))).long()
-    images, answers = observed[chosen], actions[chosen]
-    names = [f"step {t}: action {a}" for t, a in zip(chosen.tolist(), answers.tolist())]
+    key, space = seen_image(agent, given.observation)
+    score = Scores(agent, key)
+    played = play(agent, given.seed)
+    images, count = score.look(played), len(played.states)
+    few = torch.linspace(0, count - 1, min(given.images, count)).long()
+    names = [f"step {t}: {score.names[t]}" for t in few.tolist()]
     out.mkdir(parents=True, exist_ok=True)
-    score.memory = states[chosen]
-    space = agent.observation_space
-    pictures = attributions(score, images, answers, names, given.methods, space, out)
-    shown = torch.linspace(0, len(observed) - 1, min(max(given.features, 256), len(observed))).long()
-    score.memory = states[shown]
-    classes = [f"action {a}" for a in range(int(agent.action_space.n))]
-    pictures += insides(score, observed[shown], actions[shown][: given.features], classes, space, given, out)
+    pictures = attributions(score.of(few), images[few], score.targets[few], names, given.methods, space, out)
+    shown = torch.linspace(0, count - 1, min(max(given.features, 256), count)).long()
+    labels = score.labels[shown][: given.features]
+    pictures += insides(score.of(shown), images[shown], labels, score.classes, space, given, out)
     if given.video:
         path = out / "explained.mp4"
-        pictures.append(("film", film(score, observed, states, actions, given.methods[0], agent, path)))
-    say(f"an episode of {len(observed):,} steps, return {returned:g}")
+        pictures.append(("film", film(score, images, space, given.methods[0], agent, path)))
+    say(f"an episode of {count:,} steps, return {played.total:g}")
     return pictures
 
 
-class Scores(nn.Module):
-    """An agent's network as a function of images alone: Q-values, or log-probabilities of actions.
+def seen_image(agent: Agent, wanted: str | None) -> tuple[str | None, spaces.Space]:
+    """The image to explain: its key among Dict observations (None where they are images), and its space."""
+    space = agent.observation_space
+    parts: dict[str | None, spaces.Space] = {None: space}
+    if isinstance(space, spaces.Dict):
+        parts = dict(space.spaces)
+    images = {key: part for key, part in parts.items() if is_image(part)}
+    if not images:
+        raise ValueError(f"explain is for agents that see images; {agent.env_spec()['env_id']} shows {space}")
+    if wanted is None:
+        return next(iter(images.items()))
+    if wanted not in images:
+        known = ", ".join(map(str, images)) if isinstance(space, spaces.Dict) else "no Dict observations"
+        raise ValueError(f"observation must name an image of the agent ({known}), got {wanted!r}")
+    return wanted, images[wanted]
 
-    `memory` is the recurrent state that each image of the batch is met with.
+
+class Played(NamedTuple):
+    """An episode of T steps: observations (T, ...) or a dict of them, the memory before each (T, S), the
+    return."""
+
+    obs: Any
+    states: Tensor
+    total: float
+
+
+class Scores(nn.Module):
+    """What an agent answers, as a function of one image of each observation; all else stays as it was met.
+
+    Of Discrete actions the Q-values, or log-probabilities (B, n). Of actions that are several choices the
+    log-probability of the greedy ones (B, 1). Of Box actions the mean of each coordinate (B, A), before it is
+    squashed or cut: there the log-probability has no slope at the greedy action, which is its peak.
     """
 
-    def __init__(self, agent: Agent):
+    def __init__(self, agent: Agent, key: str | None):
         super().__init__()
         self.network: Any = agent.network
-        self.memory: Tensor | None = None
+        self.space, self.key, self.device = agent.action_space, key, agent.device
+        self.distribution: Any = getattr(agent, "distribution", None)
+
+    def look(self, played: Played) -> Tensor:
+        """Remember an episode: the others of its observations, its greedy actions, and what of each is
+        explained. Returns its images (T, C, H, W)."""
+        self.played = map_tensors(lambda x: x.to(self.device), played.obs), played.states.to(self.device)
+        self.index = torch.arange(len(played.states))
+        with torch.no_grad():
+            self.greedy = torch.empty(0)
+            images = self.image(self.played[0])
+            if not isinstance(self.space, spaces.Discrete | spaces.Box):
+                greedy = [self.mode(self.of(part).inputs(images[part])) for part in self.index.split(256)]
+                self.greedy = torch.cat(greedy)
+            answers = torch.cat([self.of(part)(images[part]).cpu() for part in self.index.split(256)])
+        self.of(torch.arange(len(answers)))
+        match self.space:
+            case spaces.Discrete():
+                self.targets = self.labels = answers.argmax(1)
+                self.classes = [f"action {a}" for a in range(int(self.space.n))]
+                self.names = [self.classes[a] for a in self.labels.tolist()]
+            case spaces.Box():  # the coordinate that is furthest from where it mostly is
+                mean, std = answers.mean(0), answers.std(0, correction=0)
+                self.targets = self.labels = ((answers - mean).abs() / (std + 1e-6)).argmax(1)
+                self.classes = [f"coordinate {i}" for i in range(answers.shape[1])]
+                values = answers.gather(1, self.targets.unsqueeze(1)).squeeze(1).tolist()
+                named = zip(self.targets.tolist(), values)
+                self.names = [f"coordinate {i} = {value:.2f}" for i, value in named]
+            case _:
+                self.targets = torch.zeros(len(answers), dtype=torch.int64)
+                kinds, self.labels = torch.unique(self.greedy.long().cpu(), dim=0, return_inverse=True)
+                self.classes = ["actions " + " ".join(map(str, kind)) for kind in kinds.tolist()]
+                self.names = [self.classes[a] for a in self.labels.tolist()]
+        return images.cpu()
+
+    def of(self, steps: Tensor) -> Scores:
+        """The same, of images that were met at these steps of the episode."""
+        self.index = steps
+        return self
+
+    def image(self, obs: Any) -> Tensor:
+        return obs if self.key is None else obs[self.key]
+
+    def inputs(self, x: Tensor) -> tuple[Any, Tensor, Tensor]:
+        """Observations with images x (B, C, H, W), memory (B, S) and first steps (B,), for the network."""
+        index = self.index.repeat(len(x) // len(self.index))  # methods put copies of the batch in a row
+        obs, memory = self.played
+        if self.key is not None:
+            x = {**map_tensors(lambda part: part[index], obs), self.key: x}  # type: ignore[assignment]
+        return x, memory[index], torch.zeros(len(index), dtype=torch.bool, device=self.device)
+
+    def mode(self, inputs: tuple[Any, Tensor, Tensor]) -> Tensor:
+        if self.distribution is not None:
+            return self.distribution.mode(self.network.act(*inputs)[0])
+        return self.network.online.get_distribution(inputs[0]).mode()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) float, raw values -> (B, actions)."""
-        if not hasattr(self.network, "policy_head"):
-            return self.network(x)
-        size = self.network.state_size
-        memory = x.new_zeros(len(x), size)
-        if size and self.memory is not None:
-            memory = self.memory.to(x).repeat(len(x) // len(self.memory), 1)
-        starts = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        return self.network.act(x, memory, starts)[0].log_softmax(-1)
+        """(B, C, H, W) float, raw values -> scores (B, K)."""
+        inputs = self.inputs(x)
+        index = self.index.repeat(len(x) // len(self.index))
+        if self.distribution is not None:
+            params = self.network.act(*inputs)[0]
+            match self.space:
+                case spaces.Discrete():
+                    return params.log_softmax(-1)
+                case spaces.Box():
+                    return self.distribution.mode(params)
+            return self.distribution.log_prob_entropy(params, self.greedy[index])[0].unsqueeze(1)
+        online = getattr(self.network, "online", self.network)  # Stable-Baselines3's, or ours
+        if not hasattr(online, "get_distribution"):
+            q = online(inputs[0])
+            return q.mean(1) if q.ndim == 3 else q  # quantiles (B, quantiles, n)
+        distribution = online.get_distribution(inputs[0])
+        match self.space:
+            case spaces.Discrete():
+                return distribution.distribution.logits
+            case spaces.Box():
+                return distribution.mode()
+        return distribution.log_prob(self.greedy[index]).unsqueeze(1)
 
 
-def play(agent: Agent, seed: int) -> tuple[Tensor, Tensor, Tensor, float]:
-    """A greedy episode: observations (T, C, H, W), states before them (T, S), actions (T,) from 0, return."""
+def play(agent: Agent, seed: int) -> Played:
+    """A greedy episode."""
     spec = {**agent.env_spec(), "num_envs": 1, "seed": seed, "training": False}
     env = make_vec(**spec)
-    start = int(agent.action_space.start)  # type: ignore[attr-defined]
-    observed, states, actions, total = [], [], [], 0.0
+    observed, states, total = [], [], 0.0
     obs, state, first = env.reset(), None, np.ones(1, np.bool_)
     size = getattr(agent.network, "state_size", 0)
     try:
         while True:
-            observed.append(torch.from_numpy(np.array(obs[0])))
-            states.append(
-                torch.from_numpy(np.array(state[0])) if size and state is not None else torch.zeros(size)
-            )
+            observed.append(map_tensors(torch.clone, to_tensors(obs, agent.observation_space, CPU)))
+            states.append(torch.zeros(1, size) if state is None or not size else torch.tensor(state))
             action, state = agent.predict(obs, state, first, deterministic=True)
-            actions.append(int(action[0]) - start)
             step = env.step(action)
             obs, first = step.obs, step.reset
             total += float(step.rewards[0])
             if step.reset[0]:
-                return torch.stack(observed), torch.stack(states), torch.tensor(actions), total
+                return Played(cat(observed), torch.cat(states), total)
     finally:
         env.close()
+
+
+def cat(observed: Sequence[Any]) -> Any:
+    """Observations (1, ...) of T steps as one (T, ...)."""
+    if isinstance(observed[0], dict):
+        return {key: torch.cat([obs[key] for obs in observed]) for key in observed[0]}
+    return torch.cat(list(observed))
+
+
+CPU = torch.device("cpu")
 
 
 def attributions(
@@ -221,7 +317,7 @@ def insides(
     """First filters, features in the plane, and the patches that move single channels most."""
     pictures = []
     try:
-        filters = first_layer_filters(network, tuple(images.shape[1:]))
+        filters = first_layer_filters(eye_of(network), tuple(images.shape[1:]))
         pictures.append(("first filters", filters_grid(filters.numpy(), out / "filters.png")))
     except ValueError as reason:
         say(f"first filters: none ({reason})")
@@ -270,10 +366,17 @@ def penultimate(network: nn.Module, images: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def map_of(network: Any) -> nn.Module | None:
-    """The part of a network that ends in a feature map, from raw images on; None where it has none."""
+def eye_of(network: Any) -> Any:
+    """The part of a network that reads the images: its encoder, of several the one of the image explained."""
+    key = getattr(network, "key", None)
     network = getattr(network, "network", network)
     encoder = getattr(network, "encoder", network)
+    return encoder.parts[encoder.keys.index(str(key))] if isinstance(encoder, DictEncoder) else encoder
+
+
+def map_of(network: Any) -> nn.Module | None:
+    """The part of a network that ends in a feature map, from raw images on; None where it has none."""
+    encoder = eye_of(network)
     return FeatureMap(encoder) if hasattr(encoder, "feature_map") else None
 
 
@@ -288,21 +391,20 @@ class FeatureMap(nn.Module):
 
 def film(
     score: Scores,
-    observed: Tensor,
-    states: Tensor,
-    actions: Tensor,
+    images: Tensor,
+    space: spaces.Space,
     method: str,
     agent: Agent,
     path: Path,
 ) -> Path:
     """An mp4 of an episode: each observation beside what `method` says of it, in one scale throughout."""
-    bright = visible(observed, agent.observation_space)
-    maps = []
-    for begin in range(0, len(observed), 64):
-        part = slice(begin, begin + 64)
-        score.memory = states[part]
-        maps.append(attribute(score, observed[part].float(), actions[part], method).sum(1).cpu())
-    heat = torch.cat(maps)
+    bright = visible(images, space)
+    heat = torch.cat(
+        [
+            attribute(score.of(part), images[part].float(), score.targets[part], method).sum(1).cpu()
+            for part in torch.arange(len(images)).split(64)
+        ]
+    )
     limit = float(heat.abs().flatten(1).amax(1).quantile(0.95)) or 1.0  # a few frames stand out
     signed = bool((heat < 0).any())
     pairs = ([overlay(image), overlay(image, part, limit, signed)] for image, part in zip(bright, heat))

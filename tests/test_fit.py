@@ -17,12 +17,15 @@ import toys  # noqa: F401 - registers its environments
 from matplotlib.image import imread
 from PIL import Image
 
-from foveal.agents import newest_first
+from foveal.agents import AGENTS, PPO, newest_first
+from foveal.envs import make_vec
 from foveal.runs.checks import find_learning_rate, overfit_one_batch, plain
 from foveal.runs.classify import wilson
 from foveal.runs.cli import main
+from foveal.runs.explain import Scores, play, seen_image
 from foveal.runs.model_plots import confusion_matrix, filters_grid, training_curves
 from foveal.vision import Classifier, ClassifierConfig, load_dataset
+from foveal.vision.explain import attribute
 from foveal.vision.weights import read_weights
 
 QUICK = [
@@ -330,22 +333,71 @@ def test_explain_draws_and_films_an_agent(agent, capsys):
 
 def test_scores_of_an_agent_with_memory_are_those_it_acted_on():
     """The film's scores, computed in a batch, are the ones of the episode, memory and all."""
-    from foveal.agents import PPO
-    from foveal.runs.explain import Scores, play
-
     config = PPO.Config(num_envs=2, num_steps=8, minibatch_size=16, recurrent="lstm", recurrent_size=8)
     agent = PPO("toys/Sides-v0", config, encoder="minatar", seed=3, device="cpu")
     agent.network.policy_head.weight.data.mul_(100)
     agent.network.core.weight_hh.data.mul_(3)  # type: ignore[union-attr]
-    observed, states, actions, _ = play(agent, seed=5)
-    score = Scores(agent)
-    score.memory = states
+    played = play(agent, seed=5)
+    score = Scores(agent, None)
+    images = score.look(played).float()
+    actions = [agent.predict(played.obs[:1].numpy(), None, np.ones(1, bool), True)[0]]
+    for t in range(1, 4):
+        actions.append(agent.predict(played.obs[t : t + 1].numpy(), played.states[t : t + 1].numpy())[0])
     with torch.no_grad():
-        assert torch.equal(score(observed.float()).argmax(1), actions)
-        with_memory = score(observed.float())
-        score.memory = None
-        assert (with_memory - score(observed.float()))[1:].abs().max() > 1e-3
-    assert not states[0].any()
+        with_memory = score(images)
+        assert torch.equal(score.targets, with_memory.argmax(1))
+        played.states.zero_()
+        score.look(played)
+        assert (with_memory - score(images))[1:].abs().max() > 1e-3
+        assert torch.equal((with_memory - score(images))[0], torch.zeros(2))
+
+
+@pytest.mark.parametrize("agent", ["a2c", "sb3/ppo"])
+@pytest.mark.parametrize("actions", ["multi-discrete", "multi-binary", "box"])
+def test_explain_of_a_dict_looks_at_its_image_whatever_the_actions(agent, actions, capsys):
+    """Each image is scored with the other parts of its own observation, and by the policy's own formula."""
+
+    kwargs = {"actions": actions, "images": True, "lengths": (6,)}
+    if agent == "sb3/ppo" and actions == "multi-discrete":
+        pytest.skip("Stable-Baselines3 takes actions that count from 0")
+    env = make_vec("toys/Signs-v0", 2, seed=0, env_kwargs=kwargs)
+    trained = AGENTS[agent](env, encoder="minatar+mlp-tanh", seed=2, device="cpu")
+    with torch.no_grad():
+        for parameter in trained.network.parameters():
+            parameter.mul_(3)
+    key, space = seen_image(trained, None)
+    assert (key, space.shape) == ("picture", (1, 6, 6))
+    score = Scores(trained, key)
+    played = play(trained, seed=1)
+    images = score.look(played)
+    assert images.shape == (6, 1, 6, 6)
+    assert played.obs["numbers"].shape == (6, 2)
+    with torch.no_grad():
+        scores = score(images.float())
+    raw = {name: part.numpy() for name, part in played.obs.items()}
+    greedy = torch.as_tensor(trained.predict(raw, deterministic=True)[0])
+    if actions == "box":
+        low, high = trained.action_space.low[0], trained.action_space.high[0]
+        torch.testing.assert_close(scores.clamp(low, high), greedy)
+        z = (scores - scores.mean(0)).abs() / scores.std(0, correction=0)
+        assert torch.equal(score.targets, z.argmax(1))
+    else:
+        assert scores.shape == (6, 1)
+        assert (scores < 0).all()
+        assert not score.targets.any()
+        torch.manual_seed(0)
+        samples = [trained.predict(raw, deterministic=False)[0] for _ in range(3_000)]
+        share = torch.stack([(torch.as_tensor(a) == greedy).all(1).double() for a in samples]).mean(0)
+        error = 4 * (share * (1 - share) / 3_000).sqrt() + 2e-3
+        assert ((scores.squeeze(1).exp() - share).abs() <= error).all()
+    # Of two images alone, whatever else is in the batch; and through copies of the batch.
+    few = torch.tensor([4, 1])
+    with torch.no_grad():
+        twice = score.of(few)(images[few].float().repeat(2, 1, 1, 1))
+    torch.testing.assert_close(twice, scores[few].repeat(2, 1))
+    maps = attribute(score.of(few), images[few].float(), score.targets[few], "occlusion")
+    assert maps.shape == (2, 1, 6, 6)
+    assert maps.abs().max() > 0
 
 
 def test_explain_refuses_what_it_cannot_look_into(trained, tmp_path, capsys):
@@ -357,6 +409,8 @@ def test_explain_refuses_what_it_cannot_look_into(trained, tmp_path, capsys):
     assert main([*train, "--no-progress"]) == 0
     assert main(["explain", str(run_folder())]) == 2
     assert "explain is for agents that see images; CartPole-v1 shows Box" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="observation must name an image of the agent \\(no Dict"):
+        seen_image(PPO("toys/Sides-v0", PPO.Config(num_envs=1, minibatch_size=128)), "left")
     lonely = tmp_path / "lonely.safetensors"
     shutil.copy(trained / "checkpoints" / "best" / "weights.safetensors", lonely)
     assert main(["explain", str(lonely), "--out", "x"]) == 2
