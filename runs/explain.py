@@ -131,7 +131,7 @@ def seen_image(agent: Agent, wanted: str | None) -> tuple[str | None, spaces.Spa
     space = agent.observation_space
     parts: dict[str | None, spaces.Space] = {None: space}
     if isinstance(space, spaces.Dict):
-        parts = dict(space.spaces)
+        parts = {key: part for key, part in space.items()}  # noqa: C416 - the keys may be None elsewhere
     images = {key: part for key, part in parts.items() if is_image(part)}
     if not images:
         raise ValueError(f"explain is for agents that see images; {agent.env_spec()['env_id']} shows {space}")

@@ -377,8 +377,7 @@ def test_explain_of_a_dict_looks_at_its_image_whatever_the_actions(agent, action
     raw = {name: part.numpy() for name, part in played.obs.items()}
     greedy = torch.as_tensor(trained.predict(raw, deterministic=True)[0])
     if actions == "box":
-        low, high = trained.action_space.low[0], trained.action_space.high[0]
-        torch.testing.assert_close(scores.clamp(low, high), greedy)
+        torch.testing.assert_close(scores.clamp(-2, 1), greedy)  # the bounds of the space
         z = (scores - scores.mean(0)).abs() / scores.std(0, correction=0)
         assert torch.equal(score.targets, z.argmax(1))
     else:
