@@ -16,10 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..envs import VectorEnv
-from .agent import Report, Row, UnmadeEnv, passes
-from .distributions import Distribution
-from .on_policy import OnPolicyAgent, PolicyConfig, Rollout
-from .optimization import (
+from ..vision.optimization import (
     adam_state,
     adam_step,
     clip_norm,
@@ -29,6 +26,9 @@ from .optimization import (
     set_training,
     take_gradient,
 )
+from .agent import Report, Row, UnmadeEnv, passes
+from .distributions import Distribution
+from .on_policy import OnPolicyAgent, PolicyConfig, Rollout
 from .returns import gae, n_step_returns
 
 

@@ -26,7 +26,7 @@ from ..vision import (
     space_to_json,
     write_weights,
 )
-from .optimization import flatten_parameters, keep_freed_memory, views_of, with_modes
+from ..vision.optimization import flatten_parameters, keep_freed_memory, views_of, with_modes
 from .progress import progress as progress_display
 
 Row = dict[str, Any]

@@ -20,6 +20,16 @@ from torch import Tensor, nn
 
 from ..envs import VectorEnv
 from ..vision import make_encoder, resolve_device
+from ..vision.optimization import (
+    adam_state,
+    adam_step,
+    clip_norm,
+    compile_or_eager,
+    flatten_parameters,
+    linear,
+    set_training,
+    take_gradient,
+)
 from .agent import (
     Agent,
     Report,
@@ -32,16 +42,6 @@ from .agent import (
     rng_to_json,
     to_tensors,
     unbind,
-)
-from .optimization import (
-    adam_state,
-    adam_step,
-    clip_norm,
-    compile_or_eager,
-    flatten_parameters,
-    linear,
-    set_training,
-    take_gradient,
 )
 from .replay import Replay
 

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..envs import VectorEnv
+from ..vision.optimization import adam_state, adam_step, clip_norm, linear, set_training, take_gradient
 from .agent import Report, Row, UnmadeEnv, map_tensors, passes
 from .distributions import Distribution
 from .on_policy import OnPolicyAgent, PolicyConfig, Rollout
-from .optimization import adam_state, adam_step, clip_norm, linear, set_training, take_gradient
 from .policy import ActorCritic
 from .returns import gae
 

@@ -21,6 +21,15 @@ from torch import Tensor, nn
 
 from ..envs import VectorEnv
 from ..vision import is_image, make_encoder
+from ..vision.optimization import (
+    adam_state,
+    clip_norm,
+    compile_or_eager,
+    linear,
+    radam_step,
+    set_training,
+    take_gradient,
+)
 from .agent import (
     Agent,
     Report,
@@ -34,15 +43,6 @@ from .agent import (
     to_tensors,
 )
 from .dqn import QNetwork, act
-from .optimization import (
-    adam_state,
-    clip_norm,
-    compile_or_eager,
-    linear,
-    radam_step,
-    set_training,
-    take_gradient,
-)
 from .returns import q_lambda
 
 

@@ -26,6 +26,7 @@ usage: foveal COMMAND ...
                  shows every setting
   resume RUN     go on with a stopped or killed run, as if it had never stopped
   evaluate RUN   score what was trained on fresh episodes, or on test images
+  sample RUN     make new images with a generative model
   explain RUN    show what a trained network looks at
   list           agents, models, encoders, backbones, environments, and the runs of a results folder
 
@@ -40,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         "train": train_command,
         "resume": resume_command,
         "evaluate": evaluate_command,
+        "sample": sample_command,
         "explain": explain_command,
         "list": list_command,
     }
@@ -104,7 +106,9 @@ def train_model(name: str, rest: list[str]) -> int:
     recipe = MODELS[name].recipe(_flag(rest, "backbone"), dataset, _flag(rest, "encoder"))
     about = f"Train {name} into a new run folder. Settings default to the recipe for network and dataset."
     checks = {"checks": Checks} if name == "classifier" else {}
-    given, config = _parse_training(name, rest, about, FitOptions, recipe, **checks)
+    defaults = getattr(MODELS[name], "run_options", None)
+    options_of = functools.partial(FitOptions, **defaults(dataset)) if defaults else FitOptions
+    given, config = _parse_training(name, rest, about, options_of, recipe, **checks)
     options = given.training
     if checks and given.checks.any:
         from .checks import check_classifier
@@ -112,7 +116,8 @@ def train_model(name: str, rest: list[str]) -> int:
         return check_classifier(options, config, given.checks.find_lr, given.checks.overfit_one_batch)
     if given.several.seeds > 1:
         make_model(name, options, config, open_dataset(options))  # what cannot be taken is told once, here
-        return train_seeds(name, rest, options, given.several.seeds, given.several.jobs, "test/error")
+        headline = getattr(MODELS[name], "headline", "test/error")
+        return train_seeds(name, rest, options, given.several.seeds, given.several.jobs, headline)
     run = fit(name, options, config)
     return 0 if run.summary["state"] == "finished" else 130
 
@@ -221,6 +226,8 @@ class Evaluate:
     """A model's: another dataset than the run's, of the same images and classes."""
     data_dir: Path | None = None
     """A model's: where the dataset's files are."""
+    k: int | None = None
+    """A VAE's: samples for each image in the bound on the likelihood; None for its own number."""
     json: bool = False
     """Print one JSON object instead of text."""
     video: Path | None = None
@@ -263,19 +270,32 @@ def evaluate_command(arguments: list[str]) -> int:
 
 
 def evaluate_model(given: Evaluate) -> int:
-    from .classify import result_text, score
+    from . import classify, generate
     from .fit import load_run
 
     model, dataset = load_run(given.run, given.dataset, given.data_dir, given.device)
-    result = score(model, dataset)
+    if isinstance(model, generate.Generative):
+        result = generate.score(model, dataset, {} if given.k is None else {"k": given.k})
+        text = generate.result_text(result)
+    else:
+        result = classify.score(model, dataset)
+        text = classify.result_text(result)
     if given.json:
         print(
             json.dumps({"model": model.name, "dataset": dataset.name, "grad_step": model.grad_step} | result)
         )
     else:
         print(f"{model.name} on {dataset.name}, weights of gradient step {model.grad_step:,}")
-        print(result_text(result))
+        print(text)
     return 0
+
+
+def sample_command(arguments: list[str]) -> int:
+    from .sampling import Sample, sample
+
+    given = _parse(Sample, "foveal sample", arguments)
+    _import(given.imports)
+    return sample(given)
 
 
 def explain_command(arguments: list[str]) -> int:

@@ -12,18 +12,22 @@ import torch
 
 from ..agents import newest_first, save_checkpoint, sweep
 from ..agents.progress import progress as progress_display
+from ..generative import VAE, Generative
 from ..vision import (
     KNN,
     Classifier,
     Dataset,
     Model,
+    binarize,
     check_dataset,
     find_weights,
     folds,
     load_dataset,
+    quantize,
     read_weights,
 )
 from .classify import conclude_classifier
+from .generate import conclude_generative, draw_pictures
 from .lifecycle import (
     ALL_THREADS,
     RunOptions,
@@ -36,11 +40,12 @@ from .lifecycle import (
 )
 from .run import Run, create_run, open_run, resume_run
 
-MODELS: dict[str, type[Model]] = {"classifier": Classifier, "knn": KNN}
+MODELS: dict[str, type[Model]] = {"classifier": Classifier, "knn": KNN, "vae": VAE}
 """What `foveal train` trains on images."""
 CONCLUSIONS: dict[str, Callable[[Run, Any, Dataset, float], None]] = {
     "classifier": conclude_classifier,
     "knn": conclude_classifier,
+    "vae": conclude_generative,
 }
 """Model -> what scores it on the test images, and draws it."""
 
@@ -68,12 +73,19 @@ class FitOptions(RunOptions):
     test_size: int | None = None
     """Use only so many test images."""
     image_size: int | None = None
-    """Side in pixels that the images of a folder are resized to."""
+    """Side in pixels that images are resized to."""
+    binarize: str | None = None
+    """A threshold (pixels of at least that much become 1, others 0), or dynamic: each pixel is drawn, with
+    its grey as the chance of a 1, anew for each batch of training."""
+    levels: int | None = None
+    """Reduce grey to so many levels."""
 
     log_every: int = 100
     """Gradient steps between two rows of metrics; the end of an epoch is always one, and is validated."""
     checkpoint_every: int = 1_000
     """Gradient steps between two checkpoints, at rows."""
+    pictures_every: float = 10.0
+    """Epochs between two sets of a generative model's pictures, which are always made of the same noise."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -84,8 +96,13 @@ class FitOptions(RunOptions):
             raise ValueError(f"folds must be 2 or more, and takes the place of validation; got {self.folds}")
         if not 0 <= self.fold < (self.folds or 1):
             raise ValueError(f"fold must be from 0 to folds - 1 = {(self.folds or 1) - 1}, got {self.fold}")
-        if not self.epochs > 0:
-            raise ValueError(f"epochs must be greater than 0, got {self.epochs}")
+        for name in ("epochs", "pictures_every"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
+        if self.binarize is not None and not (self.binarize == "dynamic" or self.binarize.isdecimal()):
+            raise ValueError(f"binarize must be dynamic or a whole number, got {self.binarize!r}")
+        if self.binarize is not None and self.levels is not None:
+            raise ValueError("levels and binarize exclude each other")
 
 
 def open_dataset(options: FitOptions) -> Dataset:
@@ -104,12 +121,17 @@ def open_dataset(options: FitOptions) -> Dataset:
         train, held_out = folds(dataset.train.labels, options.folds, options.seed)[options.fold]
         parts = {"train": dataset.train.take(train), "validation": dataset.train.take(held_out)}
         dataset = replace(dataset, **parts)  # type: ignore[arg-type]
-    return dataset
+    if options.binarize is not None:
+        dataset = binarize(dataset, "dynamic" if options.binarize == "dynamic" else int(options.binarize))
+    return dataset if options.levels is None else quantize(dataset, options.levels)
 
 
 def make_model(name: str, options: FitOptions, config: Any, dataset: Dataset) -> Model:
     """The model that a run begins with. Raises ValueError for whatever cannot be taken."""
-    model = MODELS[name](dataset.space, dataset.classes, config, seed=options.seed, device=options.device)
+    kind = MODELS[name]
+    if dataset.grey is not None and not issubclass(kind, Generative):
+        raise ValueError(f"binarize dynamic is for generative models; {name} takes a threshold")
+    model = kind(dataset.space, dataset.classes, config, seed=options.seed, device=options.device)
     if options.init_from is not None:
         path = find_weights(options.init_from)
         try:
@@ -145,6 +167,7 @@ def fit(name: str, options: FitOptions, config: Any) -> Run:
                 "images": [len(part) for part in (dataset.train, dataset.validation, dataset.test)],
                 "shape": list(dataset.space.shape),
                 "classes": list(dataset.classes),
+                "levels": dataset.high + 1,
             },
             "config": asdict(config),
             "options": json.loads(json.dumps(asdict(options), default=str)),
@@ -215,6 +238,8 @@ def _fit(run: Run, model: Model, options: FitOptions, dataset: Dataset) -> Run:
     total = model.total_steps(dataset, options.epochs)
     show_progress = progress_display(total, before, enabled=options.progress, label=label, axis="grad_step")
     stopped = False
+    batches = model.total_steps(dataset, 1)
+    between = max(1, round(options.pictures_every * batches))
     with stop_signals() as stop, show_progress as show:
         for row in model.training(dataset, options.epochs, options.log_every):
             now = row["grad_step"]
@@ -227,6 +252,8 @@ def _fit(run: Run, model: Model, options: FitOptions, dataset: Dataset) -> Run:
             run.log(row)
             show(row)
             end = now >= total
+            if isinstance(model, Generative) and now // between > before // between:
+                draw_pictures(run, model, dataset, epoch=now / batches)
             stopped = stop() and not end
             if now // options.checkpoint_every > before // options.checkpoint_every or end or stopped:
                 save_checkpoint(model, checkpoints)
@@ -276,3 +303,14 @@ def load_run(
     )
     check_dataset(found, model.space, model.classes)
     return model, found
+
+
+def load_generative(path: Path, device: str = "auto") -> Generative:
+    """The generative model that a run or a weights file holds. ValueError where it holds another one."""
+    file = find_weights(path)
+    kinds = {name: kind for name, kind in MODELS.items() if issubclass(kind, Generative)}
+    description = read_weights(file)[1]
+    name = description.get("model") or description.get("agent")
+    if name not in kinds:
+        raise ValueError(f"{file} holds a {name}; generative models are {', '.join(kinds)}")
+    return kinds[name].load(file, device=device)

@@ -78,7 +78,10 @@ def _number(value: float | None, form: str) -> str:
 
 
 def _score(run: dict[str, Any]) -> str:
-    """An agent's mean return, or a model's error on test images."""
+    """An agent's mean return, or a model's error or likelihood on test images."""
     if run["test_error"] is not None:
         return f"{run['test_error']:.2%} wrong"
+    for name, what in (("fid", "FID"), ("bits_per_dim", "bits/dim"), ("nats", "nats")):
+        if run[name] is not None:
+            return f"{run[name]:.{2 if name != 'bits_per_dim' else 3}f} {what}"
     return _number(run["score"], ",.1f")

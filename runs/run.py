@@ -309,8 +309,8 @@ def resume_run(path: str | Path, *, track: str | None = None) -> Run:
 
 def list_runs(results: str | Path) -> list[dict[str, Any]]:
     """One dict for each run of `results`, oldest first: path, group, name, started, agent, env_id, seed,
-    state, score, test_error, wall_s, and how far it came on each axis (env_step, grad_step, epoch). None: it
-    has none.
+    state, score, test_error, fid, bits_per_dim, nats, wall_s, and how far it came on each axis (env_step,
+    grad_step, epoch). None: it has none.
 
     A folder that cannot be read has path, group, name, state "damaged" and an "error". Raises
     `FileNotFoundError` if `results` is no folder."""
@@ -341,6 +341,7 @@ def _describe(run: Run) -> dict[str, Any]:
         "state": state,
         "score": summary.get("eval/return_mean"),
         "test_error": summary.get("test/error"),
+        **{name: summary.get(f"test/{name}") for name in ("fid", "bits_per_dim", "nats")},
         "wall_s": summary.get("wall_s"),
     }
 

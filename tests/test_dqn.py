@@ -23,7 +23,9 @@ from foveal.agents.dqn import (
     recipe,
     td_target,
 )
-from foveal.agents.optimization import (
+from foveal.envs import make_vec
+from foveal.vision import MLP, make_encoder
+from foveal.vision.optimization import (
     adam_state,
     adam_step,
     clip_norm,
@@ -31,8 +33,6 @@ from foveal.agents.optimization import (
     take_gradient,
     views_of,
 )
-from foveal.envs import make_vec
-from foveal.vision import MLP, make_encoder
 
 SMALL = DQNConfig(learning_starts=50, train_every=10, gradient_steps=3, batch_size=16, buffer_size=1000)
 

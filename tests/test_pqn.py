@@ -14,10 +14,10 @@ from gymnasium import spaces
 
 from foveal.agents import PQN, load, load_checkpoint, newest_first, returns, save_checkpoint
 from foveal.agents.dqn import QNetwork
-from foveal.agents.optimization import adam_state, radam_step
 from foveal.agents.pqn import RECIPES, PQNConfig, epsilon_at, q_loss, recipe
 from foveal.envs import make_vec
 from foveal.vision import ENCODERS, MLP, make_encoder
+from foveal.vision.optimization import adam_state, radam_step
 
 q_lambda: Any = returns.q_lambda
 SMALL = PQNConfig(num_envs=4, num_steps=16, epochs=2, minibatches=4, learning_rate=1e-3)

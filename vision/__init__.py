@@ -5,7 +5,7 @@ from .backbone import Backbone
 from .backbone_encoder import BackboneEncoder
 from .backbones import BACKBONES, make_backbone
 from .classifier import Classifier, ClassifierConfig, check_dataset
-from .datasets import Dataset, batches, folds, load_dataset
+from .datasets import Dataset, batches, binarize, folds, load_dataset, quantize
 from .encoder import (
     ENCODERS,
     MLP,
@@ -53,6 +53,7 @@ __all__ = [
     "Split",
     "TanhMLP",
     "batches",
+    "binarize",
     "check_dataset",
     "default_encoder",
     "describe_encoder",
@@ -64,6 +65,7 @@ __all__ = [
     "make_augment",
     "make_backbone",
     "make_encoder",
+    "quantize",
     "read_weights",
     "refuse_imports",
     "resolve_device",

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,7 +30,10 @@ class Dataset:
     classes: tuple[str, ...]
     """Names of the labels."""
     high: int
-    """Largest value that a pixel may have: 16 for digits, 255 for all others."""
+    """Largest value that a pixel may have: 16 for digits, 1 for binarised images, else mostly 255."""
+    grey: int | None = None
+    """Where the training images are binarised anew for each batch (see `binarize`): the largest value that
+    their pixels still have. None: they are as the model sees them."""
 
     @property
     def space(self) -> spaces.Box:
@@ -45,6 +49,13 @@ class Dataset:
             for tensor in (split.images, split.labels):
                 digest.update(tensor.cpu().contiguous().numpy().data)
         return digest.hexdigest()
+
+    def draw(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Training images (B, C, H, W) uint8 as a model is to see them this time, within `space`."""
+        if self.grey is None:
+            return images
+        chance = torch.rand(images.shape, device=images.device, generator=generator)
+        return (chance * self.grey < images).to(torch.uint8)
 
     def to(self, device: str | torch.device) -> "Dataset":
         """All splits on another device; see `fits`."""
@@ -249,6 +260,47 @@ def batches(
             yield augment(batch.images, generator) if augment else batch.images, batch.labels
 
     return epoch(generator)
+
+
+# Levels of grey
+
+
+HELD_OUT_SEED = 2**31 - 2
+"""Of the pixels drawn once for held-out images."""
+
+
+def binarize(dataset: Dataset, how: int | Literal["dynamic"]) -> Dataset:
+    """Images of zeros and ones. Raises ValueError for a threshold that leaves no ones or no zeros.
+
+    A number is a threshold: pixels of at least that much become 1. `dynamic` (Salakhutdinov and Murray 2008)
+    takes pixel / high as the chance of a 1: training images are drawn anew for each batch, by
+    `Dataset.draw`, the held-out ones once and for all, whatever the seed.
+    """
+    if how != "dynamic":
+        if not isinstance(how, int) or not 1 <= how <= dataset.high:
+            raise ValueError(f"binarize must be dynamic or from 1 to {dataset.high}, got {how!r}")
+        return _with_images(dataset, lambda images: (images >= how).to(torch.uint8), 1)
+    generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+    grey = replace(dataset, grey=dataset.high)
+    held_out = {
+        name: Split(grey.draw(split.images, generator), split.labels)
+        for name, split in (("test", dataset.test), ("validation", dataset.validation))
+    }
+    return replace(grey, high=1, **held_out)  # type: ignore[arg-type]
+
+
+def quantize(dataset: Dataset, levels: int) -> Dataset:
+    """Images of `levels` equally wide levels, 0 to levels - 1. ValueError unless there are more now."""
+    if not 2 <= levels <= dataset.high:
+        raise ValueError(f"levels must be from 2 to {dataset.high}, got {levels}")
+    scale = dataset.high + 1
+    return _with_images(dataset, lambda x: (x.to(torch.int32) * levels // scale).to(torch.uint8), levels - 1)
+
+
+def _with_images(dataset: Dataset, change: Callable[[Tensor], Tensor], high: int) -> Dataset:
+    parts = {name: getattr(dataset, name) for name in ("train", "validation", "test")}
+    changed = {name: Split(change(part.images), part.labels) for name, part in parts.items()}
+    return replace(dataset, high=high, **changed)  # type: ignore[arg-type]
 
 
 def fits(split: Split, device: str | torch.device) -> bool:

@@ -155,6 +155,17 @@ class NormMLP(MLP):
     layer_norm = True
 
 
+class Linear(Encoder):
+    """One linear layer and nothing after it, as in PCA; anything is flattened first."""
+
+    def __init__(self, observation_space: spaces.Space, features_dim: int = 64):
+        super().__init__(observation_space, features_dim)
+        self.layer = nn.Linear(flat_size(observation_space), features_dim)
+
+    def features(self, x: Tensor) -> Tensor:
+        return self.layer(x.flatten(1))
+
+
 class ImageEncoder(Encoder):
     """Convolutions, then ReLU(Linear(flatten(map))). Subclasses give `convolutions(channels)`."""
 
@@ -303,6 +314,7 @@ ENCODERS: dict[str, Callable[..., Encoder]] = {
     "mlp": MLP,
     "mlp-tanh": TanhMLP,
     "mlp-norm": NormMLP,
+    "linear": Linear,
     "nature": NatureCNN,
     "nature-norm": NormNatureCNN,
     "impala": Impala,

@@ -103,7 +103,12 @@ def adam_state(weights: Tensor) -> Adam:
 
 @torch.no_grad()
 def adam_step(
-    weights: Tensor, gradient: Tensor, state: Adam, learning_rate: float | Tensor, eps: float = 1e-8
+    weights: Tensor,
+    gradient: Tensor,
+    state: Adam,
+    learning_rate: float | Tensor,
+    eps: float = 1e-8,
+    betas: tuple[float, float] = (0.9, 0.999),
 ) -> None:
     """One step of Adam (Kingma and Ba 2014, 1412.6980, algorithm 1), in place. Tensors are (..., P).
 
@@ -119,8 +124,8 @@ def adam_step(
         amsgrad=False,
         maximize=False,
         weight_decay=0.0,
-        beta1=0.9,
-        beta2=0.999,
+        beta1=betas[0],
+        beta2=betas[1],
         lr=learning_rate,
         eps=eps,
     )

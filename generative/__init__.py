@@ -1,0 +1,19 @@
+"""Models that make images: their contract, likelihoods, decoders, and one file for each kind."""
+
+from .decoder import make_decoder
+from .likelihood import LIKELIHOODS, bits_per_dim, discretized_logistic_log_prob, independent_pixels
+from .model import Generative, Learner, Moment
+from .vae import VAE, VAEConfig
+
+__all__ = [
+    "LIKELIHOODS",
+    "VAE",
+    "Generative",
+    "Learner",
+    "Moment",
+    "VAEConfig",
+    "bits_per_dim",
+    "discretized_logistic_log_prob",
+    "independent_pixels",
+    "make_decoder",
+]

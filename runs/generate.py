@@ -1,0 +1,146 @@
+"""What a generative model's run shows while it goes on, and at its end: pictures, and test figures."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ..generative import Generative
+from ..vision import Dataset
+from ..vision.explain import grid
+from .lifecycle import say
+from .model_plots import DARK_TRAINING, new_figure
+from .plots import EVALUATION, dress, write_png
+from .run import Run
+
+__all__ = ["Generative", "conclude_generative", "draw_pictures", "image_grid", "result_text", "score"]
+
+
+def image_grid(images: Tensor, path: Path, side: int = 64, gap: int = 2) -> Path:
+    """Write images (rows, columns, C, H, W) in [0, 1] to a PNG, each enlarged to a side of about `side`.
+
+    Three channels are red, green and blue, one is grey; of any other number each channel has a colour of its
+    own, and of several on one pixel the last is seen (MinAtar's planes).
+    """
+    columns = images.shape[1]
+    pixels = np.rint(255 * to_rgb(images.flatten(0, 1).float().cpu().numpy())).astype(np.uint8)
+    scale = max(1, round(side / max(pixels.shape[1:3])))
+    enlarged = pixels.repeat(scale, 1).repeat(scale, 2)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    from PIL import Image
+
+    Image.fromarray(grid(list(enlarged), columns=columns, gap=gap)).save(path)
+    return path
+
+
+def to_rgb(images: np.ndarray) -> np.ndarray:
+    """(N, C, H, W) in [0, 1] -> (N, H, W, 3) in [0, 1]."""
+    if images.shape[1] in (1, 3):
+        return np.broadcast_to(np.moveaxis(images.clip(0, 1), 1, -1), (len(images), *images.shape[2:], 3))
+    from matplotlib import colormaps
+
+    sheet = np.zeros((len(images), *images.shape[2:], 3))
+    for number, channel in enumerate(np.moveaxis(images.clip(0, 1), 1, 0)):
+        color = np.asarray(colormaps["tab10"](number % 10)[:3])
+        sheet = sheet * (1 - channel[..., None]) + channel[..., None] * color
+    return sheet
+
+
+def draw_pictures(
+    run: Run, model: Generative, dataset: Dataset, epoch: float | None = None
+) -> dict[str, Path]:
+    """Write the model's pictures into plots/, under the epoch's number or, without one, as the last ones."""
+    when = "" if epoch is None else f"-epoch{round(epoch):05d}"
+    drawn: dict[str, Path] = {}
+    for name, images in model.pictures(dataset).items():
+        drawn[name] = image_grid(images, run.path / "plots" / f"{name}{when}.png")
+        run.image(f"plots/{name}", drawn[name], grad_step=model.grad_step)
+    return drawn
+
+
+def score(model: Generative, dataset: Dataset, effort: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The model's figures of the test images, as test/..., and the trivial ones, as baseline/..."""
+    try:
+        figures = model.test(dataset, **(effort or {}))
+    except TypeError as error:
+        raise ValueError(f"{model.name} has no {' and no '.join(effort or {})}") from error
+    return {
+        **{f"test/{name}": value for name, value in figures.items()},
+        "test/images": len(dataset.test),
+        **{f"baseline/{name}": value for name, value in model.baseline(dataset).items()},
+    }
+
+
+def result_text(result: dict[str, Any]) -> str:
+    """One line a figure."""
+    width = max(map(len, result))
+    forms = {float: ".6g", int: ","}
+    return "\n".join(
+        f"{name:<{width}}  {value:{forms.get(type(value), '')}}" for name, value in result.items()
+    )
+
+
+def conclude_generative(run: Run, model: Generative, dataset: Dataset, wall_s: float) -> None:
+    """Score a generative model on the test images, draw its curves and its last pictures."""
+    result = score(model, dataset)
+    rows = run.rows()
+    speeds = [row["speed/images_per_s"] for row in rows if "speed/images_per_s" in row]
+    if speeds:
+        result["speed/images_per_s"] = float(np.median(speeds))
+    run.summarize(
+        result
+        | {
+            "wall_s": wall_s,
+            "device": run.config["device"],
+            "git": run.config["run"]["git"],
+            "versions": run.config["versions"],
+        }
+    )
+    say(result_text({k: v for k, v in result.items() if not k.startswith("speed/")}))
+    pictures = draw_pictures(run, model, dataset)
+    title = f"{run.config['agent']} on {dataset.name}"
+    curves = measure_curves(rows, run.path / "plots" / "training_curves.png", title=title)
+    run.image("plots/training_curves", curves, grad_step=model.grad_step)
+    for name, path in {"training curves": curves, **pictures}.items():
+        say(f"{name}: {path}")
+
+
+def measure_curves(rows: list[dict[str, Any]], path: Path, *, title: str = "") -> Path:
+    """Write what was measured in training against epochs, a panel a measure (train/X and validation/X share
+    one), to a PNG."""
+    names = dict.fromkeys(
+        key.partition("/")[2]
+        for row in rows
+        for key in row
+        if key.startswith(("train/", "validation/")) and key != "train/learning_rate"
+    )
+    columns = min(3, max(1, len(names)))
+    lines = math.ceil(len(names) / columns) or 1
+    figure = new_figure(5 * columns, 4 * lines)
+    panels = figure.subplots(lines, columns, squeeze=False).flatten()
+    for panel in panels[len(names) :]:
+        panel.set_axis_off()
+    for panel, name in zip(panels, names):
+        for part, color, width in (("train", DARK_TRAINING, 1.3), ("validation", EVALUATION, 2.2)):
+            key = f"{part}/{name}"
+            points = [(row["epoch"], row[key]) for row in rows if key in row and math.isfinite(row[key])]
+            if points:
+                panel.plot(*zip(*points), color=color, lw=width, label=part)
+        values = [row[f"{p}/{name}"] for row in rows for p in ("train", "validation") if f"{p}/{name}" in row]
+        # The first epochs would flatten all that comes after them.
+        late = [v for v in values[len(values) // 20 :] if math.isfinite(v)]
+        if late and max(late) > min(late):
+            margin = 0.05 * (max(late) - min(late))
+            panel.set_ylim(min(late) - margin, max(late) + margin)
+        low, high = panel.get_ylim()
+        dress(panel, ticks=6)
+        panel.set_ylim(low, high)
+        panel.set_title(name, fontsize=13, loc="left")
+        panel.set_xlabel("epochs", fontsize=11)
+        panel.legend(fontsize=10, framealpha=0.9, edgecolor="#e3e7eb", loc="best")
+    figure.suptitle(title, fontsize=15, x=0.01, ha="left")
+    return write_png(figure, path)
