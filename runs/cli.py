@@ -1,4 +1,4 @@
-"""The command line: foveal train | resume | evaluate | list.
+"""The command line: foveal train | resume | evaluate | sweep | list.
 
 Whatever a person gave wrong is one line on the error output and exit code 2; a traceback is our mistake.
 """
@@ -27,6 +27,7 @@ usage: foveal COMMAND ...
   resume RUN     go on with a stopped or killed run, as if it had never stopped
   evaluate RUN   score what was trained on fresh episodes, or on test images
   sample RUN     make new images with a generative model
+  sweep FILE     search settings: many trials of `foveal train`, several at once; goes on when stopped
   explain RUN    show what a trained network looks at
   list           agents, models, encoders, backbones, environments, and the runs of a results folder
 
@@ -42,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         "resume": resume_command,
         "evaluate": evaluate_command,
         "sample": sample_command,
+        "sweep": sweep_command,
         "explain": explain_command,
         "list": list_command,
     }
@@ -76,7 +78,7 @@ def train_command(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"usage: foveal train NAME ...\n\nagents: {', '.join(AGENTS)}")
         print(f"models of images: {', '.join(MODELS)}")
-        print("`foveal train NAME --help` shows every setting.")
+        print("`foveal train NAME --help` shows every setting; --settings FILE reads them from JSON.")
         return 0 if arguments else 2
     name, rest = arguments[0], arguments[1:]
     if name in MODELS:
@@ -84,12 +86,15 @@ def train_command(arguments: list[str]) -> int:
     if name not in AGENTS:
         return _refuse(_unknown("agent or model", name, [*AGENTS, *MODELS]))
     from .seeds import train_seeds
+    from .settings import default_settings, take_settings
     from .train import Options, make_agent, train
 
-    recipe = AGENTS[name].recipe(_flag(rest, "env-id") or Options.env_id)
+    flags, settings = take_settings(rest)
+    recipe = AGENTS[name].recipe(_flag(flags, "env-id") or settings.get("env_id") or Options.env_id)
     options = functools.partial(Options, **AGENTS[name].run_options)
+    options, recipe = default_settings(options, recipe, settings)
     about = f"Train {name} into a new run folder. Settings default to the recipe for --env-id."
-    given, config = _parse_training(name, rest, about, options, recipe)
+    given, config = _parse_training(name, flags, about, options, recipe)
     if given.several.seeds > 1:
         last = dataclasses.replace(given.training, seed=given.training.seed + given.several.seeds - 1)
         make_agent(name, last, config).env.close()  # what cannot be taken is told once, here
@@ -101,14 +106,18 @@ def train_command(arguments: list[str]) -> int:
 def train_model(name: str, rest: list[str]) -> int:
     from .fit import MODELS, FitOptions, fit, make_model, open_dataset
     from .seeds import train_seeds
+    from .settings import default_settings, take_settings
 
-    dataset = _flag(rest, "dataset") or FitOptions.dataset
-    recipe = MODELS[name].recipe(_flag(rest, "backbone"), dataset, _flag(rest, "encoder"))
+    flags, settings = take_settings(rest)
+    dataset = _flag(flags, "dataset") or settings.get("dataset") or FitOptions.dataset
+    backbone = _flag(flags, "backbone") or settings.get("backbone")
+    recipe = MODELS[name].recipe(backbone, dataset, _flag(flags, "encoder") or settings.get("encoder"))
     about = f"Train {name} into a new run folder. Settings default to the recipe for network and dataset."
     checks = {"checks": Checks} if name == "classifier" else {}
     defaults = getattr(MODELS[name], "run_options", None)
     options_of = functools.partial(FitOptions, **defaults(dataset)) if defaults else FitOptions
-    given, config = _parse_training(name, rest, about, options_of, recipe, **checks)
+    options_of, recipe = default_settings(options_of, recipe, settings)
+    given, config = _parse_training(name, flags, about, options_of, recipe, **checks)
     options = given.training
     if checks and given.checks.any:
         from .checks import check_classifier
@@ -120,6 +129,12 @@ def train_model(name: str, rest: list[str]) -> int:
         return train_seeds(name, rest, options, given.several.seeds, given.several.jobs, headline)
     run = fit(name, options, config)
     return 0 if run.summary["state"] == "finished" else 130
+
+
+def sweep_command(arguments: list[str]) -> int:
+    from .sweep import SweepCommand, sweep
+
+    return sweep(_parse(SweepCommand, "foveal sweep", arguments))
 
 
 def _parse_training(

@@ -88,6 +88,10 @@ def is_alive(process: Mapping[str, Any]) -> bool:
         return False
     except PermissionError:
         pass  # somebody else's
+    with contextlib.suppress(OSError):
+        stat = Path(f"/proc/{process['pid']}/stat").read_text()
+        if stat.rpartition(")")[2].split()[0] in "ZX":  # dead, and not yet collected by its parent
+            return False
     return process_of(process["pid"])["start"] == process["start"]
 
 

@@ -99,7 +99,7 @@ class Run:
     def configure(self, values: Mapping[str, Any]) -> None:
         """Merge `values` (JSON-able) into config.json, replaced in one step: the run goes on with others."""
         self.config.update(values)
-        _write_json(self.path / "config.json", self.config)
+        write_json(self.path / "config.json", self.config)
 
     def rewind(self, step: int) -> None:
         """Forget the rows after `step`, of a run that is not on and will go on differently from there.
@@ -121,7 +121,7 @@ class Run:
         Raises `OSError` if it cannot be written; the old file then stays."""
         plain = {key: value.item() if hasattr(value, "item") else value for key, value in values.items()}
         summary = {**self.summary, **plain}
-        _write_json(self.path / "summary.json", summary)
+        write_json(self.path / "summary.json", summary)
         self.summary = summary
 
     def image(self, key: str, path: str | Path, **axis: int) -> None:
@@ -251,13 +251,13 @@ def create_run(
         **surroundings(),
         "parents": [_parent(Path(parent)) for parent in parents],
     }
-    path = Path(results) / _folder_name("group", group) / f"{_folder_name('name', name)}-{run_id}"
+    path = Path(results) / folder_name("group", group) / f"{folder_name('name', name)}-{run_id}"
 
     made = [folder for folder in (path, *path.parents) if not folder.exists()]
     try:
         for inside in FOLDERS:
             (path / inside).mkdir(parents=True)
-        _write_json(path / "config.json", {**config, "run": origin, "versions": versions()})
+        write_json(path / "config.json", {**config, "run": origin, "versions": versions()})
         run = Run(path)
         run._start(track)
     except BaseException as error:
@@ -404,7 +404,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Replace `path` in one step: a reader, and a run that was killed, has the old file or the new one."""
     # A name of its own each time: a signal handler may write the same file in the middle of this.
     draft = path.with_name(f".{path.name}.{next(_drafts)}")
@@ -429,7 +429,7 @@ def _cannot_write(path: Path, error: OSError) -> OSError:
     return type(error)(f"cannot write {path}: {error.strerror}")
 
 
-def _folder_name(argument: str, text: str) -> str:
+def folder_name(argument: str, text: str) -> str:
     name = re.sub(r"[^A-Za-z0-9._=+]+", "-", text).strip("-.")
     if not name:
         raise ValueError(f"{argument}: got {text!r}, takes a name with a letter or a digit")
