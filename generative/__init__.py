@@ -1,5 +1,6 @@
 """Models that make images: their contract, likelihoods, decoders, and one file for each kind."""
 
+from .autoencoder import Autoencoder, AutoencoderConfig
 from .decoder import make_decoder
 from .likelihood import LIKELIHOODS, bits_per_dim, discretized_logistic_log_prob, independent_pixels
 from .model import Generative, Learner, Moment
@@ -8,6 +9,8 @@ from .vae import VAE, VAEConfig
 __all__ = [
     "LIKELIHOODS",
     "VAE",
+    "Autoencoder",
+    "AutoencoderConfig",
     "Generative",
     "Learner",
     "Moment",

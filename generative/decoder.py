@@ -16,7 +16,7 @@ from ..vision import MLP, Encoder
 from ..vision.encoder import ImageEncoder, Linear, ResidualBlock
 
 
-def make_decoder(encoder: Encoder, inputs: int, space: spaces.Box, parameters: int) -> nn.Module:
+def make_decoder(encoder: Encoder, inputs: int, space: spaces.Box, parameters: int) -> nn.Sequential:
     """(B, inputs) -> (B, parameters * C, H, W), for images (C, H, W) of `space`. See the module's page."""
     channels, height, width = space.shape
     shape = (parameters * channels, height, width)

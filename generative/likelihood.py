@@ -93,9 +93,8 @@ def discretized_logistic_log_prob(mean: Tensor, log_scale: Tensor, x: Tensor, hi
     `mean` and `x` are in [-1, 1], where levels are 2 / high apart; `log_scale` is the log of the logistic's
     scale there. All three broadcast. Computed in float32 whatever comes in (float64 stays).
     """
-    mean, log_scale, x = (
-        part if part.dtype == torch.float64 else part.float() for part in (mean, log_scale, x)
-    )
+    if mean.dtype != torch.float64:
+        mean, log_scale, x = mean.float(), log_scale.float(), x.float()
     inverse = (-log_scale.clamp(min=LEAST_LOG_SCALE)).exp()
     centered = x - mean
     plus, minus = inverse * (centered + 1 / high), inverse * (centered - 1 / high)

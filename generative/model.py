@@ -54,6 +54,7 @@ from torch import Tensor, nn
 from ..vision import Dataset, Model
 from ..vision.classifier import check_dataset
 from ..vision.datasets import fits
+from ..vision.encoder import preprocess
 from ..vision.model import Row, Shuffle, seeds_of
 from ..vision.optimization import (
     Adam,
@@ -67,6 +68,7 @@ from ..vision.optimization import (
     views_of,
     with_modes,
 )
+from .latent import line
 
 
 class Moment(NamedTuple):
@@ -125,7 +127,8 @@ class Generative(Model):
     run_options: ClassVar[Callable[..., Any]]
     measures: ClassVar[tuple[str, ...]]
     headline: ClassVar[str]
-    max_norm: float | None = None
+    sample: Callable[..., Tensor]
+    """`sample(n, generator=None, labels=None)`, see above; only where the model has it."""
 
     def __init__(
         self,
@@ -168,11 +171,6 @@ class Generative(Model):
 
     def baseline(self, dataset: Dataset) -> dict[str, float]:
         return {}
-
-    def sample(
-        self, n: int, generator: torch.Generator | None = None, labels: Tensor | None = None
-    ) -> Tensor:
-        raise NotImplementedError
 
     def pictures(self, dataset: Dataset) -> dict[str, Tensor]:
         """Sixty-four new images; of a conditional model, a column a class."""
@@ -377,3 +375,33 @@ class Generative(Model):
             learner.restore(part(f"learner.{name}"))
         self.restore_extra(part("extra"))
         return True
+
+
+def reconstruction_rows(model: Any, dataset: Dataset, rows: int = 3, columns: int = 10) -> Tensor:
+    """Test images, a row of them over a row of their reconstructions: (2 * rows, columns, C, H, W) in [0, 1].
+
+    For a model with `encode` and `decode`; fewer rows where there are fewer images.
+    """
+    columns = min(columns, len(dataset.test))
+    rows = min(rows, len(dataset.test) // columns)
+    shown = dataset.test.take(torch.arange(rows * columns))
+    labels = shown.labels if model.conditional else None
+    again = model.decode(model.encode(shown.images, labels), labels).cpu()
+    pairs = torch.stack([preprocess(shown.images, model.space), again])  # (2, n, C, H, W)
+    return pairs.unflatten(1, (rows, columns)).transpose(0, 1).flatten(0, 1)
+
+
+def interpolation(
+    model: Any, dataset: Dataset, rows: int = 6, columns: int = 10, spherical: bool = True
+) -> Tensor:
+    """Ways between the codes of two test images, a row each: (rows, columns, C, H, W) in [0, 1].
+
+    Of a conditional model both images' codes are decoded with the first one's label.
+    """
+    rows = min(rows, len(dataset.test) // 2)
+    ends = dataset.test.take(torch.arange(2 * rows))
+    labels = ends.labels if model.conditional else None
+    codes = model.encode(ends.images, labels)
+    ways = line(codes[:rows], codes[rows:], columns, spherical)
+    given = None if labels is None else labels[:rows].repeat_interleave(columns)
+    return model.decode(ways.flatten(0, 1), given).cpu().unflatten(0, (rows, columns))

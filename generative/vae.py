@@ -19,7 +19,7 @@ from ..vision import Dataset, describe_encoder, make_encoder
 from ..vision.encoder import preprocess
 from .decoder import make_decoder, with_label
 from .likelihood import LIKELIHOODS, independent_pixels
-from .model import Generative, Moment
+from .model import Generative, Moment, interpolation, reconstruction_rows
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,8 @@ class VAEConfig:
     free_bits: float = 0.0
     """Nats of KL a latent, mean over the batch, below which it is not reduced further."""
     importance_samples: int = 1
-    """Samples of z for each image in training; more than one trains the tighter bound of IWAE."""
+    """Samples of z for each image in training; more than one trains the tighter bound of IWAE, in which the
+    weight of the KL term is that of log p(z) - log q(z | x)."""
     dropout: float = 0.0
     """Share of features dropped before the head, in [0, 1)."""
     batch_size: int = 128
@@ -74,8 +75,8 @@ class VAEConfig:
         for name in ("learning_rate", "max_grad_norm"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
-        if self.importance_samples > 1 and (self.beta != 1 or self.free_bits or self.kl_warmup):
-            raise ValueError("importance_samples above 1 takes neither beta nor kl_warmup nor free_bits")
+        if self.importance_samples > 1 and self.free_bits:
+            raise ValueError("importance_samples above 1 takes no free_bits: its bound has no KL term")
 
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -217,11 +218,11 @@ class VAE(Generative):
             parameters = self.network.decode(z, given)
         log_p = self.likelihood.log_prob(parameters, x, self.high).flatten(1).sum(1)
         kl = kl_divergence(q)
+        weight = config.beta * min(1.0, moment.epoch / config.kl_warmup if config.kl_warmup else 1.0)
         if k > 1:
-            log_w = (log_p + log_ratio(z, noise, q)).unflatten(0, (-1, k))
+            log_w = (log_p + weight * log_ratio(z, noise, q)).unflatten(0, (-1, k))
             loss = math.log(k) - log_w.logsumexp(1).mean()
         else:
-            weight = config.beta * min(1.0, moment.epoch / config.kl_warmup if config.kl_warmup else 1.0)
             penalty = kl.mean(0).clamp(min=config.free_bits).sum() if config.free_bits else kl.sum(1).mean()
             loss = weight * penalty - log_p.mean()
         rate = self.rate_at(moment.progress)
@@ -363,20 +364,15 @@ class VAE(Generative):
         return torch.cat(parts) if parts else torch.empty(0, *self.space.shape, dtype=torch.uint8)
 
     def pictures(self, dataset: Dataset) -> dict[str, Tensor]:
-        """Means of images from the prior; test images over their reconstructions."""
+        """Means of images from the prior, test images over their reconstructions, and ways between them."""
         labels = self.labels_for(80 if self.conditional else 64)
         n = 64 if labels is None else len(labels)
         z = torch.randn(n, self.latent_dim, device=self.device, generator=self.fixed_noise())
         columns = 8 if labels is None else 10
-        shown = dataset.test.take(torch.arange(min(24, len(dataset.test))))
-        given = shown.labels if self.conditional else None
-        means = self.decode(self.encode(shown.images, given), given).cpu()
-        width = max(1, len(shown) // 3)
-        pairs = torch.stack([preprocess(shown.images, self.space).cpu(), means])  # (2, n, C, H, W)
-        pairs = pairs[:, : 3 * width if len(shown) >= 3 else width].unflatten(1, (-1, width))
         return {
             "samples": self.decode(z, labels).cpu().unflatten(0, (-1, columns)),
-            "reconstructions": pairs.transpose(0, 1).flatten(0, 1),
+            "reconstructions": reconstruction_rows(self, dataset),
+            "interpolation": interpolation(self, dataset),
         }
 
     def describe(self) -> dict[str, Any]:

@@ -28,6 +28,7 @@ usage: foveal COMMAND ...
   evaluate RUN   score what was trained on fresh episodes, or on test images
   sample RUN     make new images with a generative model
   sweep FILE     search settings: many trials of `foveal train`, several at once; goes on when stopped
+  collect        write what an agent, or a random policy, sees to a dataset of images
   explain RUN    show what a trained network looks at
   list           agents, models, encoders, backbones, environments, and the runs of a results folder
 
@@ -44,6 +45,7 @@ def main(argv: list[str] | None = None) -> int:
         "evaluate": evaluate_command,
         "sample": sample_command,
         "sweep": sweep_command,
+        "collect": collect_command,
         "explain": explain_command,
         "list": list_command,
     }
@@ -311,6 +313,14 @@ def sample_command(arguments: list[str]) -> int:
     given = _parse(Sample, "foveal sample", arguments)
     _import(given.imports)
     return sample(given)
+
+
+def collect_command(arguments: list[str]) -> int:
+    from .collect import Collect, collect
+
+    given = _parse(Collect, "foveal collect", arguments)
+    _import(given.imports)
+    return collect(given)
 
 
 def explain_command(arguments: list[str]) -> int:

@@ -12,7 +12,7 @@ import torch
 
 from ..agents import newest_first, save_checkpoint, sweep
 from ..agents.progress import progress as progress_display
-from ..generative import VAE, Generative
+from ..generative import VAE, Autoencoder, Generative
 from ..vision import (
     KNN,
     Classifier,
@@ -40,11 +40,17 @@ from .lifecycle import (
 )
 from .run import Run, create_run, open_run, resume_run
 
-MODELS: dict[str, type[Model]] = {"classifier": Classifier, "knn": KNN, "vae": VAE}
+MODELS: dict[str, type[Model]] = {
+    "classifier": Classifier,
+    "knn": KNN,
+    "autoencoder": Autoencoder,
+    "vae": VAE,
+}
 """What `foveal train` trains on images."""
 CONCLUSIONS: dict[str, Callable[[Run, Any, Dataset, float], None]] = {
     "classifier": conclude_classifier,
     "knn": conclude_classifier,
+    "autoencoder": conclude_generative,
     "vae": conclude_generative,
 }
 """Model -> what scores it on the test images, and draws it."""

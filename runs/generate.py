@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..generative import Generative
 from ..vision import Dataset
-from ..vision.explain import grid
+from ..vision.explain import embed, grid
 from .lifecycle import say
-from .model_plots import DARK_TRAINING, new_figure
+from .model_plots import DARK_TRAINING, embedding, new_figure
 from .plots import EVALUATION, dress, write_png
 from .run import Run
 
@@ -103,10 +104,21 @@ def conclude_generative(run: Run, model: Generative, dataset: Dataset, wall_s: f
     say(result_text({k: v for k, v in result.items() if not k.startswith("speed/")}))
     pictures = draw_pictures(run, model, dataset)
     title = f"{run.config['agent']} on {dataset.name}"
+    if hasattr(model, "encode") and getattr(model, "latent_dim", 0) > 1 and len(dataset.test) > 2:
+        pictures["latent map"] = latent_map(model, dataset, run.path / "plots" / "latent_map.png")
+        run.image("plots/latent_map", pictures["latent map"], grad_step=model.grad_step)
     curves = measure_curves(rows, run.path / "plots" / "training_curves.png", title=title)
     run.image("plots/training_curves", curves, grad_step=model.grad_step)
     for name, path in {"training curves": curves, **pictures}.items():
         say(f"{name}: {path}")
+
+
+def latent_map(model: Any, dataset: Dataset, path: Path, most: int = 500) -> Path:
+    """Write the codes of test images, put into the plane by PCA and t-SNE and coloured by class, to a PNG."""
+    part = dataset.test.take(torch.arange(min(most, len(dataset.test))))
+    codes = model.encode(part.images, part.labels if model.conditional else None).float().cpu()
+    points = {name: embed(codes, method) for name, method in (("PCA", "pca"), ("t-SNE", "tsne"))}
+    return embedding(points, part.labels.numpy(), dataset.classes, path)
 
 
 def measure_curves(rows: list[dict[str, Any]], path: Path, *, title: str = "") -> Path:

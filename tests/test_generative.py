@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import toys  # noqa: F401 - registers its environments
 from matplotlib.image import imread
 
 from foveal.agents import newest_first
@@ -19,7 +20,20 @@ from foveal.vision import Dataset, Split, binarize, load_dataset, quantize
 from foveal.vision.weights import read_weights
 
 QUICK = [
-    *("train", "vae", "--train-size", "200", "--epochs", "4", "--batch-size", "50", "--log-every", "4"),
+    *(
+        "train",
+        "vae",
+        "--test-size",
+        "40",
+        "--train-size",
+        "200",
+        "--epochs",
+        "4",
+        "--batch-size",
+        "50",
+        "--log-every",
+        "4",
+    ),
     *("--validate-every", "1", "--checkpoint-every", "4", "--pictures-every", "2", "--ema", "0.9"),
     *("--threads", "1", "--track", "off", "--no-progress"),
 ]
@@ -131,9 +145,9 @@ def test_a_run_leaves_figures_curves_and_pictures(trained):
     assert [row["grad_step"] for row in rows] == [4, 8, 12, 16]
     assert all("validation/elbo" in row for row in rows)
     names = {path.name for path in (trained / "plots").iterdir()}
-    assert names == {"training_curves.png"} | {
+    assert names == {"training_curves.png", "latent_map.png"} | {
         f"{what}{when}.png"
-        for what in ("samples", "reconstructions")
+        for what in ("samples", "reconstructions", "interpolation")
         for when in ("", "-epoch00002", "-epoch00004")
     }
     # The noise is the same: the last pictures are those of the same weights.
@@ -205,9 +219,134 @@ def test_sample_writes_a_picture(trained, capsys):
     assert not np.array_equal(one, other)
 
 
+def size_of(path: str) -> tuple[int, int]:
+    """Rows and columns of a grid of digits."""
+    height, width = imread(path).shape[:2]
+    return (height - 2) // 66, (width - 2) // 66
+
+
+@pytest.mark.parametrize(
+    ("flags", "what", "size"),
+    [
+        (["--interpolate", "-n", "3"], "interpolation", (3, 11)),
+        (["--interpolate", "-n", "3", "--ends", "test", "--path", "linear"], "interpolation", (3, 11)),
+        (["--traverse", "--columns", "5"], "traversal", (10, 5)),
+        (["--traverse", "--ends", "test", "-n", "2"], "traversal", (2, 11)),
+        (["--arithmetic", "8-3+5", "--columns", "3"], "arithmetic", (3, 3)),
+        (["--no-mean", "-n", "7"], "samples", (3, 3)),
+    ],
+)
+def test_walks_through_latents_are_drawn(trained, flags, what, size, capsys):
+    assert main(["sample", str(trained), *flags, "--out", "walk.png"]) == 0
+    assert capsys.readouterr().out == f"{what}: walk.png\n"
+    assert size_of("walk.png") == size
+    values = np.unique(imread("walk.png")[..., 0])
+    assert (len(values) == 2) == (what == "samples")  # drawn pixels are black or white, means are grey
+
+
+def test_arithmetic_with_nothing_changed_is_the_reconstruction(trained):
+    assert main(["sample", str(trained), "--arithmetic", "8-3+3", "--columns", "4"]) == 0
+    sheet = imread("samples.png")
+    rows = [sheet[2 + 66 * row : 66 + 66 * row] for row in range(3)]
+    assert np.array_equal(rows[1], rows[2])
+    assert not np.array_equal(rows[0], rows[1])
+
+
+def test_a_conditional_model_is_sampled_by_label(capsys):
+    flags = ["--conditional", "--epochs", "1", "--test-size", "20", "--train-size", "100", "--track", "off"]
+    assert main(["train", "vae", *flags, "--no-progress"]) == 0
+    (run,) = Path().glob("results/*/*")
+    assert main(["evaluate", str(run), "--k", "3"]) == 0
+    assert main(["sample", str(run), "--label", "3", "-n", "2"]) == 0
+    assert main(["sample", str(run), "--label", "three"]) == 2
+    assert "label takes 0, 1, 2" in capsys.readouterr().err
+    assert main(["sample", str(run), "--arithmetic", "1-2"]) == 2
+    assert "arithmetic: this model is given its labels" in capsys.readouterr().err
+
+
+def test_an_autoencoder_has_what_it_has(capsys):
+    flags = ["--kind", "denoising", "--epochs", "2", "--test-size", "30", "--train-size", "100"]
+    assert main(["train", "autoencoder", *flags, "--track", "off", "--no-progress"]) == 0
+    (run,) = Path().glob("results/*/*")
+    summary = json.loads((run / "summary.json").read_text())
+    assert 0 < summary["baseline/pca"] < summary["baseline/mean_image"]
+    assert summary["test/squared_error"] > summary["baseline/pca"]
+    assert "test/nats" not in summary
+    assert main(["sample", str(run)]) == 2
+    assert "a model of the kind autoencoder has no sample" in capsys.readouterr().err
+    assert main(["evaluate", str(run), "--k", "3"]) == 2
+    assert "autoencoder has no k" in capsys.readouterr().err
+    assert main(["sample", str(run), "--interpolate", "-n", "2"]) == 0
+    assert size_of("samples.png") == (2, 11)
+
+
+# What agents see.
+
+
+def test_collected_frames_are_a_dataset_whose_encoder_goes_into_an_agent(capsys):
+    collect = ["collect", "--env-id", "toys/Sides-v0", "--frames", "100", "--num-envs", "4"]
+    assert main([*collect, "--out", "seen.npz"]) == 0
+    assert "100 frames of 1x20x20" in capsys.readouterr().out
+    data = load_dataset("seen.npz")
+    assert [len(part) for part in (data.train, data.validation, data.test)] == [70, 10, 20]
+    train = [
+        "train",
+        "vae",
+        "--dataset",
+        "seen.npz",
+        "--encoder",
+        "minatar",
+        "--epochs",
+        "1",
+        "--track",
+        "off",
+    ]
+    assert main([*train, "--no-progress", "--likelihood", "continuous-bernoulli"]) == 0
+    (run,) = Path().glob("results/*/*")
+    agent = ["train", "pqn", "--env-id", "toys/Sides-v0", "--encoder", str(run), "--total-steps", "32"]
+    agent += ["--num-envs", "2", "--num-steps", "8", "--minibatches", "1", "--final-episodes", "2"]
+    assert main([*agent, "--no-video", "--track", "off", "--no-progress"]) == 0
+    (played,) = Path().glob("results/pqn*/*")
+    again = ["collect", "--policy", str(played), "--frames", "24", "--every", "2", "--out", "more.npz"]
+    assert main(again) == 0
+    assert load_dataset("more.npz").space == data.space
+
+
+def test_frames_keep_their_order_and_their_range():
+    from foveal.runs.collect import Collect, play, write
+
+    frames, high = play(Collect(env_id="MinAtar/Breakout-v1", frames=50, num_envs=2))
+    assert (frames.shape, frames.dtype, high) == ((50, 4, 10, 10), np.uint8, 1)
+    thinned, _ = play(Collect(env_id="MinAtar/Breakout-v1", frames=20, num_envs=2, every=2))
+    assert np.array_equal(thinned.reshape(10, 2, 4, 10, 10), frames[:40].reshape(20, 2, 4, 10, 10)[::2])
+    write(Path("frames.npz"), frames, high)
+    data = load_dataset("frames.npz")
+    assert data.high == 1
+    parts = [part.images.numpy() for part in (data.train, data.validation, data.test)]
+    assert np.array_equal(np.concatenate(parts), frames)
+
+
+@pytest.mark.parametrize("high", [np.array(300), np.array([1]), np.array(1.5), np.array(3)])
+def test_a_range_that_is_none_is_refused(high):
+    np.savez("wrong.npz", images=np.full((9, 5, 5), 7, np.uint8), labels=np.zeros(9, np.int64), high=high)
+    with pytest.raises(ValueError, match="high is"):
+        load_dataset("wrong.npz")
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
+        (
+            ["sample", "RUN", "--arithmetic", "8"],
+            "arithmetic must be a sum of classes such as a-b+c, got '8'",
+        ),
+        (["sample", "RUN", "--arithmetic", "8-x"], "arithmetic takes 0, 1, 2"),
+        (["sample", "RUN", "--traverse", "--interpolate"], "interpolate, traverse and arithmetic exclude"),
+        (["collect"], "env_id is needed with a random policy"),
+        (["collect", "--env-id", "CartPole-v1"], "env_id: CartPole-v1 shows Box"),
+        (["collect", "--env-id", "CartPole-v1", "--out", "x.npy"], "out must end in .npz, got x.npy"),
+        (["collect", "--env-id", "CartPole-v1", "--frames", "1"], "frames must be 10 or more, got 1"),
+        (["collect", "--policy", "nowhere"], "no weights file or run at nowhere"),
         (["sample", "RUN", "-n", "0"], "n must be 1 or more, got 0"),
         (["sample", "RUN", "--label", "3"], "label: this vae was trained without labels"),
         (["sample", "nowhere"], "no weights file or run at nowhere"),

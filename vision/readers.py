@@ -184,7 +184,8 @@ NPZ_NAMES = {
 def read_npz(path: Path) -> Parts:
     """Arrays of images and labels, under the names of `NPZ_NAMES`; only the training images are needed.
 
-    Images are (N, H, W), (N, H, W, C) or (N, C, H, W) uint8 with 1 to 4 channels and 0 to 255 as their range;
+    Images are (N, H, W), (N, H, W, C) or (N, C, H, W) uint8 with 1 to 4 channels and 0 to 255 as their range,
+    or 0 to a number under the name `high`;
     labels (N,) or (N, 1) integers from 0, each class at least once among the training images.
 
     Raises ValueError for a file that is none, for arrays of another kind, and for names given twice.
@@ -223,7 +224,19 @@ def read_npz(path: Path) -> Parts:
             raise ValueError(f"{path} has {part} images of shape {shapes[0]}, training images of {shapes[1]}")
         _check_labels(split.labels, count, f"{path}: {part} labels")
     names_of_classes = tuple(map(str, range(count)))
-    return Parts(splits["train"], splits.get("validation"), splits.get("test"), names_of_classes)
+    high = _npz_high(arrays, splits, path)
+    return Parts(splits["train"], splits.get("validation"), splits.get("test"), names_of_classes, high)
+
+
+def _npz_high(arrays: dict[str, np.ndarray], splits: dict[str, Split], path: Path) -> int:
+    """The largest value that pixels may have."""
+    high = arrays.get("high", np.array(255))
+    if high.ndim or high.dtype.kind not in "iu" or not 1 <= high <= 255:
+        raise ValueError(f"{path}: high is {high}; it takes a whole number from 1 to 255")
+    for part, split in splits.items():
+        if split.images.max() > int(high):
+            raise ValueError(f"{path} has {part} images with values to {split.images.max()}, high is {high}")
+    return int(high)
 
 
 def _npz_images(array: np.ndarray, where: str) -> Tensor:
