@@ -1,4 +1,4 @@
-"""The command line: foveal train | resume | evaluate | sweep | list.
+"""The command line: foveal train | resume | evaluate | sample | sweep | collect | explain | compare | list.
 
 Whatever a person gave wrong is one line on the error output and exit code 2; a traceback is our mistake.
 """
@@ -30,6 +30,7 @@ usage: foveal COMMAND ...
   sweep FILE     search settings: many trials of `foveal train`, several at once; goes on when stopped
   collect        write what an agent, or a random policy, sees to a dataset of images
   explain RUN    show what a trained network looks at
+  compare RUNS   curves, scores and intervals of many runs, as a page, figures, CSV and a table
   list           agents, models, encoders, backbones, environments, and the runs of a results folder
 
 `foveal COMMAND --help` says more. Nothing needs an account or a network.
@@ -47,6 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         "sweep": sweep_command,
         "collect": collect_command,
         "explain": explain_command,
+        "compare": compare_command,
         "list": list_command,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -329,6 +331,12 @@ def explain_command(arguments: list[str]) -> int:
     given = _parse(Explain, "foveal explain", arguments)
     _import(given.imports)
     return explain(given)
+
+
+def compare_command(arguments: list[str]) -> int:
+    from .compare import Compare, compare
+
+    return compare(_parse(Compare, "foveal compare", arguments))
 
 
 @dataclass(frozen=True)

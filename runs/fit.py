@@ -34,6 +34,7 @@ from .lifecycle import (
     closing,
     keep_first_checkpoint,
     load_chosen,
+    peak_memory,
     resume_command,
     say,
     stop_signals,
@@ -275,6 +276,7 @@ def _fit(run: Run, model: Model, options: FitOptions, dataset: Dataset) -> Run:
     chosen = best_file if best_file.exists() else newest_first(checkpoints)[0] / "weights.safetensors"
     scored = type(model).load(chosen, device=str(model.device))
     CONCLUSIONS[model.name](run, scored, dataset, wall_s)
+    run.summarize(peak_memory(run))
     run.artifact(model.name, "model", chosen, {"grad_step": scored.grad_step})
     say(f"weights: {chosen}")
     say(f"run folder: {run.path}")

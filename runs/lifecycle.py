@@ -140,6 +140,19 @@ def signal_handlers(handlers: Mapping[signal.Signals, Callable[[int, Any], None]
             signal.signal(number, handler)
 
 
+def peak_memory(run: Run) -> dict[str, float]:
+    """The most memory in MB that this process, or one before a resume, has held: resident, and on the GPU."""
+    peaks = {}
+    with suppress(ImportError):  # not on Windows
+        import resource
+
+        unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+        peaks["memory/peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
+    if torch.cuda.is_available():
+        peaks["memory/gpu_peak_mb"] = torch.cuda.max_memory_allocated() / 1e6
+    return {key: round(max(peak, run.summary.get(key, 0)), 1) for key, peak in peaks.items()}
+
+
 def say(line: str) -> None:
     print(line, flush=True)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .statistics import bootstrap_ci
+from .statistics import Statistic, bootstrap_band
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     "comparison",
     "draw_comparison",
+    "draw_curves",
     "draw_learning_curve",
     "draw_values_on_map",
     "learning_curve",
@@ -131,10 +132,15 @@ def dress(axes: Axes, ticks: int) -> None:
 
 
 def write_png(figure: Figure, path: str | Path) -> Path:
+    return write_figure(figure, path, "png")
+
+
+def write_figure(figure: Figure, path: str | Path, form: str) -> Path:
+    """Write a figure as "png" or "svg", replaced at once."""
     path = Path(path)
     beside = path.with_name(f".{path.name}.tmp")
     try:
-        figure.savefig(beside, format="png")
+        figure.savefig(beside, format=form)
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
@@ -252,50 +258,68 @@ def comparison(runs: Runs, path: str | Path, *, targets: Mapping[str, float] | N
 
 
 def draw_comparison(runs: Runs, *, targets: Mapping[str, float] | None = None) -> Figure:
-    """A panel an environment: its agents' evaluation scores against environment steps, over their seeds.
+    """`draw_curves` of agents' evaluation scores against environment steps.
 
     Args:
-        runs: environment -> agent -> the rows (metrics.jsonl) of each of its runs, a seed each. Agents whose
-            name begins with "sb3/" are dashed. From three seeds on the line is their mean and the band its
-            95 % bootstrap interval (`mean_curve`); fewer are drawn one by one. Runs without evaluations are
-            left out.
+        runs: environment -> agent -> the rows (metrics.jsonl) of each of its runs, a seed each.
         targets: environment -> a score to reach, a dotted line.
+    """
+    curves = {
+        env: {agent: [_series(rows, "eval/return_mean") for rows in seeds] for agent, seeds in agents.items()}
+        for env, agents in runs.items()
+    }
+    return draw_curves(curves, targets=targets)
+
+
+def draw_curves(
+    curves: Mapping[str, Mapping[str, Sequence[tuple[np.ndarray, ...]]]],
+    *,
+    statistic: Statistic = np.mean,
+    targets: Mapping[str, float] | None = None,
+    x_label: str = "environment steps",
+    y_label: str = "score per episode",
+) -> Figure:
+    """A panel a task: the curves of what was trained on it, over seeds.
+
+    Args:
+        curves: task -> agent (or another label) -> (x, y) of each of its runs, x ascending. Labels that begin
+            with "sb3/" are dashed. From three seeds on the line is their mean (or IQM) and the band its 95 %
+            bootstrap interval (`mean_curve`); fewer are drawn one by one. Runs without values are left out.
+        targets: task -> a score to reach, a dotted line.
 
     Built without pyplot, so that no state is shared and no window system is needed.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    columns = max(1, math.ceil(math.sqrt(len(runs))))
-    lines = max(1, math.ceil(len(runs) / columns))
+    columns = max(1, math.ceil(math.sqrt(len(curves))))
+    lines = max(1, math.ceil(len(curves) / columns))
     layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
     figure = Figure(figsize=(6.4 * columns, 4.8 * lines), dpi=100, layout=layout)
-    others = sorted({agent for agents in runs.values() for agent in agents} - AGENT_COLORS.keys())
+    others = sorted({agent for agents in curves.values() for agent in agents} - AGENT_COLORS.keys())
     spare = {agent: OTHER_COLORS[i % len(OTHER_COLORS)] for i, agent in enumerate(others)}
-    for number, (env, agents) in enumerate(runs.items(), start=1):
+    for number, (env, agents) in enumerate(curves.items(), start=1):
         axes = figure.add_subplot(lines, columns, number)
-        for agent, seeds in agents.items():
-            curves = [
-                curve for curve in (_series(rows, "eval/return_mean") for rows in seeds) if len(curve[0])
-            ]
+        for agent, every_seed in agents.items():
+            seeds = [curve for curve in every_seed if len(curve[0])]
             color = {**AGENT_COLORS, **spare}[agent]
             style = (0, (4, 2)) if agent.startswith("sb3/") else "-"
-            label = f"{agent}, {len(curves)} seed{'s' * (len(curves) != 1)}"
-            if len(curves) < 3:
-                for steps, scores in curves:
+            label = f"{agent}, {len(seeds)} seed{'s' * (len(seeds) != 1)}"
+            if len(seeds) < 3:
+                for steps, scores in seeds:
                     axes.plot(steps, scores, color=color, lw=1.4, ls=style, alpha=0.85, label=label)
                     label = "_"  # one entry in the legend
                 continue
-            steps, mean, low, high = mean_curve(curves)
+            steps, middle, low, high = mean_curve(seeds, statistic)
             axes.fill_between(steps, low, high, color=color, alpha=0.15, lw=0, zorder=2)
-            axes.plot(steps, mean, color=color, lw=2.2, ls=style, label=label, zorder=3)
+            axes.plot(steps, middle, color=color, lw=2.2, ls=style, label=label, zorder=3)
         if targets and env in targets:
             target = targets[env]
             axes.axhline(target, color="#3c434b", lw=1.2, ls=":", label=f"target: {target:,g}", zorder=1)
-        if number > len(runs) - columns:
-            axes.set_xlabel("environment steps", fontsize=12)
+        if number > len(curves) - columns:
+            axes.set_xlabel(x_label, fontsize=12)
         if number % columns == 1 % columns:
-            axes.set_ylabel("score per episode", fontsize=12)
+            axes.set_ylabel(y_label, fontsize=12)
         dress(axes, ticks=7)
         # Above the panel, where it hides no line.
         entries = len(axes.get_legend_handles_labels()[0])
@@ -309,8 +333,10 @@ def draw_comparison(runs: Runs, *, targets: Mapping[str, float] | None = None) -
     return figure
 
 
-def mean_curve(curves: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ...]:
-    """Mean over seeds, and its 95 % bootstrap interval, at every step at which one of them was evaluated.
+def mean_curve(
+    curves: Sequence[tuple[np.ndarray, ...]], statistic: Statistic = np.mean
+) -> tuple[np.ndarray, ...]:
+    """Mean (or IQM) over seeds and its 95 % bootstrap interval, at every step at which one was evaluated.
 
     Args:
         curves: (steps, scores) of each seed, at least one, steps ascending.
@@ -323,5 +349,4 @@ def mean_curve(curves: Sequence[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, ..
     grid = np.unique(np.concatenate([steps for steps, _ in curves]))
     grid = grid[(grid >= first) & (grid <= last)]
     scores = np.stack([np.interp(grid, at, score) for at, score in curves], axis=1)  # (n, seeds)
-    bounds = np.array([bootstrap_ci(row, resamples=2_000) for row in scores]).reshape(-1, 2)
-    return grid, scores.mean(axis=1), bounds[:, 0], bounds[:, 1]
+    return grid, statistic(scores, axis=-1), *bootstrap_band(scores, statistic)

@@ -329,21 +329,25 @@ def list_runs(results: str | Path) -> list[dict[str, Any]]:
 
 def _describe(run: Run) -> dict[str, Any]:
     origin, summary = run.config["run"], run.summary
-    state = summary.get("state")
-    process = summary.get("process", {})
-    if state == "running" and process.get("host") == socket.gethostname() and not is_alive(process):
-        state = "killed"
     rows = run.rows()
     return {
         **{key: origin[key] for key in ("group", "name", "started")},
         **{key: run.config.get(key) for key in ("agent", "env_id", "seed")},
         **{axis: max((row[axis] for row in rows if axis in row), default=None) for axis in AXES},
-        "state": state,
+        "state": describe_state(summary),
         "score": summary.get("eval/return_mean"),
         "test_error": summary.get("test/error"),
         **{name: summary.get(f"test/{name}") for name in ("fid", "bits_per_dim", "nats")},
         "wall_s": summary.get("wall_s"),
     }
+
+
+def describe_state(summary: Mapping[str, Any]) -> str | None:
+    """The state in a summary, or "killed" where it is that of a run whose process is gone."""
+    state, process = summary.get("state"), summary.get("process", {})
+    if state == "running" and process.get("host") == socket.gethostname() and not is_alive(process):
+        return "killed"
+    return state
 
 
 def axis_of(row: Mapping[str, Any]) -> str:

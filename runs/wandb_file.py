@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +80,14 @@ def has_exit(path: str | Path) -> bool:
 def items(container: Any) -> dict[str, Any]:
     """The pairs of a history, summary or config message (its `item` or `update`); media are a dict."""
     found: dict[str, Any] = {}
-    for item in container:
+    # All values in one call: a call for each takes twice as long.
+    values = json.loads("[" + ",".join([item.value_json for item in container]) + "]")
+    for item, value in zip(container, values):
         *outer, key = item.nested_key or [item.key]
         inside = found
         for name in outer:
             inside = inside.setdefault(name, {})
-        inside[key] = json.loads(item.value_json)
+        inside[key] = value
     return found
 
 
@@ -97,3 +100,53 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
         if record.WhichOneof("record_type") == "history":
             row = items(record.history.item)
             yield {key: value for key, value in row.items() if not key.startswith("_")}
+
+
+@dataclass
+class WandbRun:
+    """What the file of any program's run says about it."""
+
+    id: str = ""
+    name: str = ""
+    project: str = ""
+    group: str = ""
+    started: str = ""
+    """ISO, UTC."""
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """With W&B's own keys (`_step`, `_runtime`, `_timestamp`)."""
+    memory_mb: float = 0.0
+    """Most resident memory of the process, of W&B's own samples; 0 where there are none."""
+    exited: bool = False
+
+
+def read_run(path: str | Path) -> WandbRun:
+    """Everything of the run at `path` up to the first damage (`read_payloads`).
+
+    Raises `ValueError` if it is not a W&B transaction log, or is damaged before it says which run it is of.
+    """
+    run = WandbRun()
+    for record in read_records(path):
+        kind = record.WhichOneof("record_type")
+        if kind == "history":
+            run.rows.append(items(record.history.item))
+        elif kind == "run":
+            about = record.run
+            run.id, run.project, run.group = about.run_id, about.project, about.run_group
+            run.name = about.display_name or about.run_id
+            run.started = about.start_time.ToJsonString()
+            run.config |= items(about.config.update)
+        elif kind == "config":
+            run.config |= items(record.config.update)
+        elif kind == "summary":
+            run.summary |= items(record.summary.update)
+        elif kind == "stats":
+            sample = {item.key: item.value_json for item in record.stats.item}
+            run.memory_mb = max(run.memory_mb, float(sample.get("proc.memory.rssMB", 0)))
+        elif kind == "exit":
+            run.exited = True
+    if not run.id:
+        raise ValueError(f"{path} is damaged: it does not say which run it is of")
+    run.config.pop("_wandb", None)
+    return run

@@ -184,6 +184,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
 def test_the_wheel_holds_the_packages_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     expected = {f"foveal/{package.replace('.', '/')}/{file.name}" for package, file in modules()}
     expected |= {f"foveal/{name}/py.typed" for name in FOLDERS if "." not in name}
+    expected |= {"foveal/runs/compare.html", "foveal/runs/compare.js"}
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     assert names == expected
 
