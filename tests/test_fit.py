@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import toys  # noqa: F401 - registers its environments
+from forks import foveal
 from matplotlib.image import imread
 from PIL import Image
 
@@ -136,8 +135,7 @@ def test_list_measures_encoders_and_says_which_do_not_fit(capsys):
 
 
 def test_resumed_after_kill_9_is_the_run_that_was_never_stopped(trained, tmp_path):
-    command = [sys.executable, "-m", "foveal.runs", *QUICK]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    process = foveal(*QUICK, cwd=tmp_path)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         files = list(tmp_path.glob("results/*/*/metrics.jsonl"))
@@ -166,10 +164,7 @@ def test_resumed_after_kill_9_is_the_run_that_was_never_stopped(trained, tmp_pat
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     flags = [flag if flag != "4" else "4000" for flag in QUICK[:-3]]
-    command = [sys.executable, "-m", "foveal.runs", *flags, "--track", "off", "--no-progress"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = foveal(*flags, "--track", "off", "--no-progress", cwd=tmp_path)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         files = list(tmp_path.glob("results/*/*/metrics.jsonl"))
@@ -177,7 +172,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
             break
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate()
+    out = process.communicate()
     assert process.returncode == 130
     run = run_folder(tmp_path)
     assert f"to go on: foveal resume {run.relative_to(tmp_path)}" in out

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from forks import foveal
 from gymnasium import spaces
 from toys import Scripted, Signs
 from vector_runs import seed_of
@@ -421,11 +420,10 @@ FLAGS = [
 
 
 def test_kill_9_by_the_command_line(tmp_path, monkeypatch):
-    command = [sys.executable, "-m", "foveal.runs", *FLAGS]
-    killed = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
     (tmp_path / "whole").mkdir()
     monkeypatch.chdir(tmp_path / "whole")
     assert main(FLAGS) == 0
+    killed = foveal(*FLAGS, cwd=tmp_path)
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and killed.poll() is None:
         files = list(tmp_path.glob("results/*/*/metrics.jsonl"))

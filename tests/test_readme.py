@@ -8,18 +8,22 @@ import sys
 from pathlib import Path
 
 import pytest
+from forks import write_commands
 from readme_blocks import README, Block, command, parse
 
 
-def run_all(blocks: list[Block], folder: Path) -> None:
+def run_all(blocks: list[Block], folder: Path, commands: Path | None = None) -> None:
     """Run the blocks one after the other in one empty folder, with no settings but a new user's own.
 
+    Of the commands of this environment, those in the folder `commands` are taken first.
     Whatever goes to the network by HTTP goes to a proxy here that never answers, and is found out.
     """
     proxy = socket.create_server(("127.0.0.1", 0))
     address = f"http://127.0.0.1:{proxy.getsockname()[1]}"
     environment = {
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PATH": os.pathsep.join(
+            [str(f) for f in (commands, Path(sys.executable).parent) if f] + [os.environ["PATH"]]
+        ),
         "HOME": os.environ["HOME"],
         "LANG": "C.UTF-8",
         "OMP_NUM_THREADS": "1",  # other tests run beside this one, and threads that wait for a core spin
@@ -41,10 +45,13 @@ def run_all(blocks: list[Block], folder: Path) -> None:
             assert not select.select([proxy], [], [], 0)[0], f"{block}asks for the network\n{done.stdout}"
 
 
-def test_the_blocks_work(tmp_path: Path) -> None:
+def test_the_blocks_work(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """With processes that need not import everything again; the slow test takes the real ones."""
+    commands = tmp_path_factory.mktemp("commands")
+    write_commands(commands)
     blocks = [block for block in parse(README.read_text(encoding="utf-8")) if block.kind == "default"]
     assert blocks
-    run_all(blocks, tmp_path)
+    run_all(blocks, tmp_path, commands)
 
 
 @pytest.mark.slow

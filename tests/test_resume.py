@@ -5,8 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import foveal
 
 from foveal.agents import DQN, load, load_checkpoint, newest_first, save_checkpoint
 from foveal.agents.dqn import DQNConfig
@@ -148,17 +147,6 @@ FLAGS = [
 ]
 
 
-def foveal(*arguments, cwd, **kwargs):
-    return subprocess.Popen(
-        [sys.executable, "-m", "foveal.runs", *arguments],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **kwargs,
-    )
-
-
 def only_run(results: Path) -> Path:
     (path,) = (folder for folder in results.glob("*/*") if folder.is_dir())
     return path
@@ -185,7 +173,7 @@ def wait_for_rows(run_results: Path, count: int, process) -> None:
 def uninterrupted(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     process = foveal("train", "dqn", *FLAGS, "--track", "off", cwd=folder)
-    output = process.communicate()[0]
+    output = process.communicate()
     assert process.returncode == 0, output
     return only_run(folder / "results")
 
@@ -200,7 +188,7 @@ def kill_and_resume(flags, folder: Path, kills: int, rows: int) -> Path:
         process.kill()
         process.communicate()
         process = foveal("resume", str(only_run(folder / "results")), cwd=folder)
-    output = process.communicate()[0]
+    output = process.communicate()
     assert process.returncode == 0, output
     return only_run(folder / "results")
 
@@ -236,7 +224,7 @@ def test_stop_signals_save_and_resume_goes_on(number, uninterrupted, tmp_path):
     process = foveal("train", "dqn", *FLAGS, "--track", "off", cwd=tmp_path)
     wait_for_rows(tmp_path / "results", 5, process)
     process.send_signal(number)
-    output = process.communicate()[0]
+    output = process.communicate()
     assert "Traceback" not in output
     assert process.returncode == 130
     assert "to go on: foveal resume results/dqn-CartPole-v1/seed5-" in output
@@ -245,7 +233,7 @@ def test_stop_signals_save_and_resume_goes_on(number, uninterrupted, tmp_path):
     last = rows_of(run)[-1]["env_step"]
     assert newest_first(run / "checkpoints")[0].name == f"step-{last:012d}", "nothing learned is lost"
     process = foveal("resume", str(run), cwd=tmp_path)
-    output = process.communicate()[0]
+    output = process.communicate()
     assert process.returncode == 0, output
     assert rows_of(run) == rows_of(uninterrupted)
 
@@ -255,7 +243,7 @@ def test_a_run_copied_elsewhere_resumes_there(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, copy)
     shutil.rmtree(newest_first(copy / "checkpoints")[0])  # as if killed before the last checkpoint
     process = foveal("resume", str(copy), cwd=tmp_path)
-    output = process.communicate()[0]
+    output = process.communicate()
     assert process.returncode == 0, output
     assert rows_of(copy) == rows_of(uninterrupted)
     assert os.listdir(tmp_path) == ["elsewhere"], "wrote outside of the run folder"
@@ -269,7 +257,7 @@ def test_killed_while_it_was_scored_is_scored_by_resume(uninterrupted, tmp_path)
     (run / "summary.json").write_text(json.dumps({"state": "running", "process": {"host": "gone", "pid": 1}}))
     shutil.rmtree(run / "plots")
     (run / "plots").mkdir()
-    output = foveal("resume", str(run), cwd=tmp_path).communicate()[0]
+    output = foveal("resume", str(run), cwd=tmp_path).communicate()
     summary = json.loads((run / "summary.json").read_text())
     assert summary["state"] == "finished", output
     assert summary["eval/return_mean"] == expected["eval/return_mean"]
@@ -284,7 +272,7 @@ def test_other_total_steps_are_remembered_and_the_abandoned_rows_dropped(uninter
     newest, older = newest_first(run / "checkpoints")
     shutil.rmtree(newest)
     assert older.name == "step-000000002000"
-    output = foveal("resume", str(run), "--total-steps", "2200", cwd=tmp_path).communicate()[0]
+    output = foveal("resume", str(run), "--total-steps", "2200", cwd=tmp_path).communicate()
     summary = json.loads((run / "summary.json").read_text())
     assert summary["state"] == "finished", output
     assert "resume_mismatch" not in summary
@@ -293,7 +281,7 @@ def test_other_total_steps_are_remembered_and_the_abandoned_rows_dropped(uninter
     assert rows[:20] == rows_of(uninterrupted)[:20]
     config = json.loads((run / "config.json").read_text())
     assert config["total_steps"] == config["options"]["total_steps"] == 2200
-    assert "is finished: 2,200 of 2,200 steps" in foveal("resume", str(run), cwd=tmp_path).communicate()[0]
+    assert "is finished: 2,200 of 2,200 steps" in foveal("resume", str(run), cwd=tmp_path).communicate()
 
 
 def test_sigterm_to_several_seeds_reaches_each(tmp_path):
@@ -306,7 +294,7 @@ def test_sigterm_to_several_seeds_reaches_each(tmp_path):
             break
         time.sleep(0.05)
     process.terminate()
-    output = process.communicate()[0]
+    output = process.communicate()
     assert process.returncode == 130, output
     states = [json.loads(p.read_text())["state"] for p in (tmp_path / "results").glob("*/*/summary.json")]
     assert states == ["stopped", "stopped"], output
@@ -329,7 +317,7 @@ def test_damaged_config_is_one_line(file, damage, uninterrupted, tmp_path):
     damage(config)
     (run / file).write_text(json.dumps(config))
     process = foveal("resume", str(run), cwd=tmp_path)
-    output = process.communicate()[0]
+    output = process.communicate()
     assert process.returncode == 2
     assert "config.json has no options of a training of this version" in output
     assert len(output.strip().splitlines()) == 1

@@ -7,14 +7,13 @@ import os
 import queue
 import signal
 import struct
-import subprocess
-import sys
 import time
 import types
 import zlib
 from pathlib import Path
 
 import pytest
+from forks import python
 
 from foveal.runs import tracking, wandb_file
 from foveal.runs.origin import sha256
@@ -182,12 +181,14 @@ def _environment() -> dict[str, str]:
 
 
 def test_kill_9_loses_no_row_and_nothing_comes_twice(tmp_path):
-    command = [sys.executable, "-c", CHILD, str(tmp_path)]
+    arguments = [str(tmp_path)]
     run = None
     for _ in range(2):
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=_environment())
-        assert child.stdout is not None
-        path = child.stdout.readline().strip()
+        child = python(CHILD, *arguments, cwd=tmp_path, env=_environment())
+        while "\n" not in child.output:
+            assert child.poll() is None, child.output
+            time.sleep(0.01)
+        path = child.output.splitlines()[0]
         rows = len(open_run(path).rows())
         # By default, W&B would write nothing for 15 seconds, or until 32 KiB have come together.
         while len(sent(open_run(path))) < rows + 10:
@@ -201,7 +202,7 @@ def test_kill_9_loses_no_row_and_nothing_comes_twice(tmp_path):
         kept = [row["env_step"] for row in sent(run)]
         assert kept == list(range(len(kept)))  # a prefix, no row twice
         assert rows + 10 <= len(kept) <= len(on_disk)
-        command = [sys.executable, "-c", CHILD, str(tmp_path), path]
+        arguments = [str(tmp_path), path]
     assert run is not None
     resumed = resume_run(run.path)
     resumed.finish("finished")
@@ -229,16 +230,11 @@ run = resume_run(run.path)
 run.log({"env_step": 50, "x": 1.5})
 run.finish("finished")
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env=_environment(),
-        check=True,
-    )
-    assert done.stdout.startswith("1 W&B failed: ")
-    assert done.stdout.count("\n") == 1
-    assert done.stderr == ""  # neither W&B's words nor a traceback at the end
+    child = python(code, str(tmp_path), cwd=tmp_path, env=_environment())
+    output = child.communicate()
+    assert child.returncode == 0, output
+    assert output.startswith("1 W&B failed: ")
+    assert output.count("\n") == 1  # neither W&B's words nor a traceback at the end
     (path,) = tmp_path.glob("g/*")
     run = open_run(path)
     assert [row["env_step"] for row in run.rows()] == list(range(51))
