@@ -4,6 +4,8 @@ from .autoencoder import Autoencoder, AutoencoderConfig
 from .decoder import make_decoder
 from .likelihood import LIKELIHOODS, bits_per_dim, discretized_logistic_log_prob, independent_pixels
 from .model import Generative, Learner, Moment
+from .pixelcnn import PixelCNN, PixelCNNConfig
+from .pixelrnn import PixelRNN, PixelRNNConfig
 from .vae import VAE, VAEConfig
 
 __all__ = [
@@ -14,6 +16,10 @@ __all__ = [
     "Generative",
     "Learner",
     "Moment",
+    "PixelCNN",
+    "PixelCNNConfig",
+    "PixelRNN",
+    "PixelRNNConfig",
     "VAEConfig",
     "bits_per_dim",
     "discretized_logistic_log_prob",

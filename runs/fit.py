@@ -12,7 +12,7 @@ import torch
 
 from ..agents import newest_first, save_checkpoint, sweep
 from ..agents.progress import progress as progress_display
-from ..generative import VAE, Autoencoder, Generative
+from ..generative import VAE, Autoencoder, Generative, PixelCNN, PixelRNN
 from ..vision import (
     KNN,
     Classifier,
@@ -46,6 +46,8 @@ MODELS: dict[str, type[Model]] = {
     "knn": KNN,
     "autoencoder": Autoencoder,
     "vae": VAE,
+    "pixelcnn": PixelCNN,
+    "pixelrnn": PixelRNN,
 }
 """What `foveal train` trains on images."""
 CONCLUSIONS: dict[str, Callable[[Run, Any, Dataset, float], None]] = {
@@ -53,6 +55,8 @@ CONCLUSIONS: dict[str, Callable[[Run, Any, Dataset, float], None]] = {
     "knn": conclude_classifier,
     "autoencoder": conclude_generative,
     "vae": conclude_generative,
+    "pixelcnn": conclude_generative,
+    "pixelrnn": conclude_generative,
 }
 """Model -> what scores it on the test images, and draws it."""
 
