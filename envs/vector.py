@@ -118,39 +118,59 @@ class Gymnasium:
 
 
 class CartPole:
-    """Gymnasium's array CartPole.
+    """Gymnasium's array CartPole, with a step of half as many operations, and the same numbers.
 
     Its own reset draws from one generator for all environments; ours draws for each the numbers that the
-    single environment would, so that the transitions are those of SyncVectorEnv.
+    single environment would, so that the transitions are those of SyncVectorEnv. No step is ever a reset
+    here, since what is over is reset before.
     """
 
     def __init__(
         self, spec: EnvSpec, num_envs: int, kwargs: dict[str, Any], max_episode_steps: int | None
     ) -> None:
-        limit = max_episode_steps or spec.max_episode_steps
+        self._limit = max_episode_steps or spec.max_episode_steps or math.inf
         make: Any = load_env_creator(CARTPOLE_VECTOR)
-        self.env = make(num_envs=num_envs, max_episode_steps=limit, **kwargs)
-        self.single_observation_space = self.env.single_observation_space
-        self.single_action_space = self.env.single_action_space
-        self.env.reset()
+        env = self._env = make(num_envs=num_envs, **kwargs)  # its spaces and its constants
+        self.single_observation_space = env.single_observation_space
+        self.single_action_space = env.single_action_space
+        self._forces = np.array([-env.force_mag, env.force_mag])
+        self._thresholds = np.array([[env.x_threshold], [env.theta_threshold_radians]])
+        self._sutton_barto = bool(kwargs.get("sutton_barto_reward"))
+        self._state = np.zeros((4, num_envs))  # x, x', theta, theta'
+        self._change = np.zeros((4, num_envs))
+        self._steps = np.zeros(num_envs, np.int64)
 
     def reset(self, mask: np.ndarray, seeds: list[int]) -> np.ndarray:
-        env = self.env
         for i, seed in zip(np.flatnonzero(mask), seeds, strict=True):
-            env.state[:, i] = gym.utils.seeding.np_random(seed)[0].uniform(-0.05, 0.05, size=(4,))
-        env.steps[mask] = 0
-        env.prev_done[mask] = False  # else the next step would reset again
-        return env.state.T.astype(np.float32, order="C")  # (N, 4)
+            self._state[:, i] = gym.utils.seeding.np_random(seed)[0].uniform(-0.05, 0.05, size=(4,))
+        self._steps[mask] = 0
+        return self._state.T.astype(np.float32, order="C")  # (N, 4)
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        next_obs, rewards, terminated, truncated, _ = self.env.step(actions)
-        return np.ascontiguousarray(next_obs), rewards, terminated, truncated, terminated | truncated
+        env, state = self._env, self._state
+        _, x_dot, theta, theta_dot = state
+        cos, sin = np.cos(theta), np.sin(theta)
+        # Term by term in Gymnasium's order, on which the last bits depend.
+        temp = (self._forces[actions] + env.polemass_length * (theta_dot * theta_dot) * sin) / env.total_mass
+        inertia = env.length * (4.0 / 3.0 - env.masspole * (cos * cos) / env.total_mass)
+        theta_acc = (env.gravity * sin - cos * temp) / inertia
+        change = self._change
+        change[0], change[2], change[3] = x_dot, theta_dot, theta_acc
+        change[1] = temp - env.polemass_length * theta_acc * cos / env.total_mass
+        state += env.tau * change
+        outside = np.abs(state[::2]) > self._thresholds
+        terminated = outside[0] | outside[1]
+        self._steps += 1
+        truncated = self._steps >= self._limit
+        rewards = -terminated.astype(np.float32) if self._sutton_barto else np.ones(len(actions), np.float32)
+        next_obs = state.T.astype(np.float32, order="C")  # (N, 4)
+        return next_obs, rewards, terminated, truncated, terminated | truncated
 
     def render(self) -> np.ndarray:
         raise RuntimeError("the native CartPole does not render: make it with render_mode='rgb_array'")
 
     def close(self) -> None:
-        self.env.close()
+        self._env.close()
 
 
 class Atari:
