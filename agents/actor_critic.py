@@ -24,7 +24,6 @@ from ..vision.optimization import (
     rmsprop_state,
     rmsprop_step,
     set_training,
-    take_gradient,
 )
 from .agent import Report, Row, UnmadeEnv, passes
 from .distributions import Distribution
@@ -183,7 +182,7 @@ class A2C(OnPolicyAgent):
         config = self.config
         set_training(self.modal, True)  # dropout and the like belong to the loss alone
         # One pass for everything: the last row only lends its value, which carries no gradient.
-        params, values, states = self.network(rollout.obs, rollout.state, rollout.starts)
+        params, values, states = self.learner(rollout.obs, rollout.state, rollout.starts)
         with torch.no_grad():
             parts = (rollout.rewards, self.next_values(rollout, values, states))
             ends = (rollout.terminated, rollout.truncated)
@@ -202,7 +201,7 @@ class A2C(OnPolicyAgent):
             returns,
             config,
         )
-        take_gradient(loss, self.parameters, self.gradients)
+        self.learner.take_gradient(loss)
         clip_norm(self.gradient, config.max_grad_norm)
         with self.paced():
             self.optimizer_step(

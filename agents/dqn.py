@@ -44,6 +44,7 @@ from .agent import (
     unbind,
 )
 from .replay import Replay
+from .small import in_numpy
 
 
 @dataclass(frozen=True)
@@ -254,8 +255,12 @@ class DQN(Agent):
             torch.manual_seed(weights_seed)
             if not isinstance(encoder, nn.Module):
                 encoder = make_encoder(encoder, self.observation_space)
-            self.adopt(QNetwork(encoder, self.num_actions))
+            network = QNetwork(encoder, self.num_actions)
+            self.adopt(network)
             self.target = copy.deepcopy(self.network)
+        self.acting: Callable[[Any], Tensor] = (
+            in_numpy(network.encoder, network.head, self.observation_space) or self.network
+        )
         self.target_weights = flatten_parameters(self.target)
         self.adam = adam_state(self.weights)
         self.loss: Callable[..., Tensor] = q_loss
@@ -278,7 +283,7 @@ class DQN(Agent):
             # Act.
             self.epsilon = epsilon_at(self.env_step, total_steps, config)
             obs = to_tensors(self.obs, self.observation_space, self.device)
-            actions = act(self.network, obs, self.num_actions, self.epsilon, self.acting_rng)
+            actions = act(self.acting, obs, self.num_actions, self.epsilon, self.acting_rng)
             step = env.step(actions + self.first_action)
             replay.add(actions, step)
             self.obs = step.obs
@@ -373,7 +378,7 @@ class DQN(Agent):
     ) -> tuple[np.ndarray, Any]:
         # Greedy actions draw nothing, others from a stream of their own: predicting never changes a training.
         epsilon = 0.0 if deterministic else self.config.exploration_final
-        actions = act(self.network, obs, self.num_actions, epsilon, self.predict_rng)
+        actions = act(self.acting, obs, self.num_actions, epsilon, self.predict_rng)
         return actions + self.first_action, state
 
     # Checkpoints.

@@ -19,7 +19,8 @@ from .agent import Agent, UnmadeEnv, map_tensors, random_streams, to_tensors
 from .distributions import make_distribution
 from .initialization import orthogonal
 from .normalization import RewardScaler
-from .policy import ActorCritic
+from .policy import ActorCritic, Learner
+from .small import in_numpy
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ class PolicyConfig:
     """L2 norm that gradients are clipped to."""
     share_encoder: bool = False
     """One encoder for policy and value; otherwise each has its own."""
+    vector_encoder: str = "mlp-tanh"
+    """What the encoder `auto` is for vectors: mlp-tanh (two layers of 64) or mlp (two of 256, ReLU), say."""
+    orthogonal_init: bool = True
+    """Orthogonal first weights and a first policy that is nearly uniform; otherwise PyTorch's own. An encoder
+    that comes trained keeps its weights."""
     recurrent: Literal["lstm", "gru"] | None = None
     """A memory after the encoder, for what a single observation does not show."""
     recurrent_size: int = 64
@@ -132,9 +138,12 @@ class OnPolicyAgent(Agent):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(weights_seed)
             if isinstance(encoder, str):
-                self.encoder_name = encoder_for(self.observation_space) if encoder == "auto" else encoder
+                if encoder == "auto":
+                    encoder = encoder_for(self.observation_space, settings.vector_encoder)
+                self.encoder_name = encoder
                 encoder = make_encoder(self.encoder_name, self.observation_space)
-                if set(self.encoder_name.split("+")) <= ENCODERS.keys() | {"auto"}:  # nothing trained before
+                untrained = set(self.encoder_name.split("+")) <= ENCODERS.keys() | {"auto"}
+                if settings.orthogonal_init and untrained:
                     orthogonal(encoder)
             value_encoder = None
             if not settings.share_encoder:
@@ -149,8 +158,11 @@ class OnPolicyAgent(Agent):
                     settings.recurrent_size,
                     settings.log_std_init,
                     settings.normalize_observations,
+                    settings.orthogonal_init,
                 )
             )
+        self.learner = Learner(self.network, self.observation_space, self.parameters, self.gradients)
+        self.logits_of = in_numpy(self.network.encoder, self.network.policy_head, self.observation_space)
         self.reward_scaler = RewardScaler(self.config.num_envs, settings.gamma)
         self.obs: Any = None
         self.hidden = torch.zeros(self.config.num_envs, self.network.state_size, device=self.device)
@@ -182,7 +194,7 @@ class OnPolicyAgent(Agent):
                     noise = distribution.noise((drawn, env.num_envs), self.rng).to(self.device).unbind()
                 x = to_tensors(self.obs, self.observation_space, self.device)
                 new = torch.as_tensor(self.starts, device=self.device) if memory else state
-                params, self.hidden = network.act(x, self.hidden, new)
+                params, self.hidden = network.act(x, self.hidden, new, self.logits_of)
                 action = distribution.sample(params, noise[t])
                 step = env.step(distribution.to_env(action))
                 # Remember.
@@ -267,7 +279,7 @@ class OnPolicyAgent(Agent):
         hidden = torch.as_tensor(np.asarray(memory, np.float32).reshape(batch, -1), device=self.device)
         starts = torch.as_tensor(np.asarray(episode_start, np.bool_).reshape(batch), device=self.device)
         with torch.inference_mode():
-            params, hidden = self.network.act(obs, hidden, starts)
+            params, hidden = self.network.act(obs, hidden, starts, self.logits_of)
             if deterministic:
                 actions = self.distribution.mode(params)
             else:
@@ -315,12 +327,12 @@ class OnPolicyAgent(Agent):
         return exact
 
 
-def encoder_for(space: spaces.Space) -> str:
-    """What `auto` is: two small tanh layers for vectors, as policy gradients have had since TRPO."""
+def encoder_for(space: spaces.Space, vectors: str = "mlp-tanh") -> str:
+    """What `auto` is: for vectors two small tanh layers, as policy gradients have had since TRPO."""
     if isinstance(space, spaces.Dict):
-        return "auto+mlp-tanh"
+        return f"auto+{vectors}"
     if not is_image(space):
-        return "mlp-tanh"
+        return vectors
     return "minatar" if max(space.shape[1:]) <= 16 else "auto"  # type: ignore[index]
 
 

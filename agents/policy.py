@@ -1,16 +1,20 @@
 """A network with a policy and a value: what REINFORCE, A2C and PPO learn."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
+from ..vision import TanhMLP
+from ..vision.optimization import take_gradient
 from .agent import map_tensors
 from .distributions import Distribution
 from .initialization import orthogonal_
 from .normalization import ObservationNormalizer
 from .recurrent import CORES, unroll
+from .small import Layers, plain
 
 
 class ActorCritic(nn.Module):
@@ -30,6 +34,7 @@ class ActorCritic(nn.Module):
         recurrent_size: int = 64,
         log_std_init: float = 0.0,
         normalize: bool = False,
+        orthogonal: bool = True,
     ):
         super().__init__()
         self.normalizer = ObservationNormalizer(space) if normalize else None
@@ -46,8 +51,9 @@ class ActorCritic(nn.Module):
         # Small weights make the first policy nearly uniform, whatever the observation (Andrychowicz et al.
         # 2020, 2006.05990, section 3.2); biases start at zero.
         for head, gain in ((self.policy_head, 0.01), (self.value_head, 1.0)):
-            orthogonal_(head.weight, gain)
-            nn.init.zeros_(head.bias)
+            if orthogonal:
+                orthogonal_(head.weight, gain)
+                nn.init.zeros_(head.bias)
         self.log_std = None
         if distribution.num_log_stds:
             self.log_std = nn.Parameter(torch.full((distribution.num_log_stds,), log_std_init))
@@ -79,20 +85,85 @@ class ActorCritic(nn.Module):
             else:
                 value_features = value_features_of_core
         values = self.value_head(value_features).view(shape)
-        return self.parameters_of(features).unflatten(0, shape), values, states
+        return self.parameters_of(self.policy_head(features)).unflatten(0, shape), values, states
 
-    def act(self, obs: Any, state: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
-        """One step: obs (N, ...), state (N, S), starts (N,) -> parameters (N, P), state (N, S)."""
+    def act(
+        self,
+        obs: Any,
+        state: Tensor,
+        starts: Tensor,
+        logits_of: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """One step: obs (N, ...), state (N, S), starts (N,) -> parameters (N, P), state (N, S).
+
+        `logits_of`, given normalised observations, may take the place of encoder and head where there is no
+        memory."""
         if self.core is not None:  # the value's core has to see every step too
             params, _, states = self(map_tensors(lambda x: x.unsqueeze(0), obs), state, starts.unsqueeze(0))
             return params[0], states[0]
         if self.normalizer is not None:
             obs = self.normalizer(obs)
-        return self.parameters_of(self.encoder(obs)), state
+        logits = self.policy_head(self.encoder(obs)) if logits_of is None else logits_of(obs)
+        return self.parameters_of(logits), state
 
-    def parameters_of(self, features: Tensor) -> Tensor:
-        """Features (B, F) -> parameters of the distribution (B, P)."""
-        logits = self.policy_head(features)
+    def parameters_of(self, logits: Tensor) -> Tensor:
+        """The head's output (B, L) -> parameters of the distribution (B, P)."""
         if self.log_std is None:
             return logits
         return torch.cat([logits, self.log_std.expand_as(logits)], -1)
+
+
+class Learner:
+    """An ActorCritic for a loss to call, which then writes the loss's gradient into `views`, one a parameter.
+
+    By autograd; but where policy and value are `plain` networks of their own autograd goes from the loss to
+    their outputs only, and `Layers` from there to the weights, in half of the time.
+    """
+
+    def __init__(
+        self,
+        network: ActorCritic,
+        space: spaces.Space,
+        parameters: Sequence[nn.Parameter],
+        views: Sequence[Tensor],
+    ):
+        self.network, self.parameters, self.views = network, parameters, views
+        self.gradient_of: dict[Tensor, Tensor] = dict(zip(parameters, views))
+        self.layers: tuple[Layers, Layers] | None = None
+        self.outputs: tuple[Tensor, Tensor]
+        trained = all(parameter in self.gradient_of for parameter in network.parameters())
+        if network.value_encoder is None or network.core is not None or not trained:
+            return
+        policy = plain(network.encoder, network.policy_head, space)
+        value = plain(network.value_encoder, network.value_head, space)
+        if policy and value:
+            tanh = isinstance(network.encoder, TanhMLP)
+            self.layers = Layers(policy, tanh, self.gradient_of), Layers(value, tanh, self.gradient_of)
+
+    def __call__(self, obs: Any, state: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `ActorCritic.forward`."""
+        if self.layers is None:
+            return self.network(obs, state, starts)
+        shape = starts.shape
+        with torch.no_grad():
+            x = obs.flatten(0, 1)
+            if self.network.normalizer is not None:
+                x = self.network.normalizer(x)
+            logits, values = (layers.forward(x) for layers in self.layers)
+            params = self.network.parameters_of(logits).unflatten(0, shape)
+        self.outputs = params.requires_grad_(), values.view(shape).requires_grad_()
+        return *self.outputs, state.expand(*shape, -1)
+
+    def take_gradient(self, loss: Tensor) -> None:
+        """Write d loss / d parameters, of what the last call gave, into the views."""
+        if self.layers is None:
+            take_gradient(loss, self.parameters, self.views)
+            return
+        params, values = torch.autograd.grad(loss, self.outputs, materialize_grads=True)
+        with torch.no_grad():
+            policy, value = self.layers
+            logits, log_std = params.flatten(0, -2).tensor_split([self.network.policy_head.out_features], -1)
+            policy.backward(logits)
+            value.backward(values.reshape(-1, 1))
+            if self.network.log_std is not None:
+                torch.sum(log_std, 0, out=self.gradient_of[self.network.log_std])

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..envs import VectorEnv
-from ..vision.optimization import adam_state, adam_step, clip_norm, linear, set_training, take_gradient
+from ..vision.optimization import adam_state, adam_step, clip_norm, linear, set_training
 from .agent import Report, Row, UnmadeEnv, map_tensors, passes
 from .distributions import Distribution
 from .on_policy import OnPolicyAgent, PolicyConfig, Rollout
-from .policy import ActorCritic
+from .policy import ActorCritic, Learner
 from .returns import gae
 
 
@@ -78,8 +78,8 @@ class PPOConfig(PolicyConfig):
 
 
 # Settings known to work, by environment id. Those of the classic environments are the Stable-Baselines3
-# zoo's (Pendulum without its state-dependent exploration), MuJoCo's are those of the paper's appendix with
-# normalised observations and rewards, Atari's those of the paper.
+# zoo's (Pendulum without its state-dependent exploration), as are HalfCheetah's and Hopper's; the rest of
+# MuJoCo has those of the paper's appendix with normalised observations and rewards, Atari the paper's.
 RECIPES: dict[str, dict[str, Any]] = {
     "CartPole-v*": {
         "num_steps": 32,
@@ -149,7 +149,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "share_encoder": True,
     },
 }
-MUJOCO = {
+MUJOCO: dict[str, Any] = {
     "num_envs": 4,
     "num_steps": 512,
     "epochs": 10,
@@ -159,11 +159,41 @@ MUJOCO = {
     "normalize_observations": True,
     "normalize_rewards": True,
 }
-MUJOCO_TASKS = (
-    "Ant HalfCheetah Hopper Humanoid HumanoidStandup InvertedDoublePendulum InvertedPendulum Pusher"
-)
-for task in (*MUJOCO_TASKS.split(), "Reacher", "Swimmer", "Walker2d"):
+MUJOCO_TASKS = "Ant Humanoid HumanoidStandup InvertedDoublePendulum InvertedPendulum Pusher Reacher Swimmer"
+for task in (*MUJOCO_TASKS.split(), "Walker2d"):
     RECIPES[f"{task}-v*"] = MUJOCO
+ZOO_MUJOCO: dict[str, Any] = {
+    "num_envs": 1,
+    "num_steps": 512,
+    "minibatch_size": 64,
+    "normalize_observations": True,
+    "normalize_rewards": True,
+    "vector_encoder": "mlp",
+    "orthogonal_init": False,
+    "log_std_init": -2.0,
+}
+RECIPES["HalfCheetah-v*"] = {
+    **ZOO_MUJOCO,
+    "epochs": 20,
+    "gamma": 0.98,
+    "gae_lambda": 0.92,
+    "learning_rate": 2.0633e-5,
+    "clip": 0.1,
+    "entropy_coefficient": 0.000401762,
+    "value_coefficient": 0.58096,
+    "max_grad_norm": 0.8,
+}
+RECIPES["Hopper-v*"] = {
+    **ZOO_MUJOCO,
+    "minibatch_size": 32,
+    "epochs": 5,
+    "gamma": 0.999,
+    "gae_lambda": 0.99,
+    "learning_rate": 9.80828e-5,
+    "entropy_coefficient": 0.00229519,
+    "value_coefficient": 0.835671,
+    "max_grad_norm": 0.7,
+}
 
 
 def recipe(env_id: str, **changes: Any) -> PPOConfig:
@@ -189,7 +219,11 @@ LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")
 
 
 def ppo_loss(
-    network: ActorCritic, distribution: Distribution, batch: Batch, clip: float, config: PPOConfig
+    network: ActorCritic | Learner,
+    distribution: Distribution,
+    batch: Batch,
+    clip: float,
+    config: PPOConfig,
 ) -> tuple[Tensor, Tensor]:
     """The clipped objective (equations 7 and 9), negated: a scalar; and `LOSSES` (5,), without gradient."""
     params, values, _ = network(batch.obs, batch.state, batch.starts)
@@ -307,8 +341,8 @@ class PPO(OnPolicyAgent):
             if epoch and config.target_kl is not None and not going:
                 break
             for minibatch in self.minibatches(batch):
-                loss, losses = ppo_loss(self.network, self.distribution, minibatch, clip, config)
-                take_gradient(loss, self.parameters, self.gradients)
+                loss, losses = ppo_loss(self.learner, self.distribution, minibatch, clip, config)
+                self.learner.take_gradient(loss)
                 clip_norm(self.gradient, config.max_grad_norm)
                 if config.target_kl is None:
                     with self.paced():

@@ -1,0 +1,95 @@
+"""Small fully connected networks without modules and autograd, whose calls there cost more than the sums.
+
+`InNumpy` acts, `Layers` learns. Both read the weights where they lie, so that nothing is copied and every
+optimizer step is seen at once; both give the network's numbers up to rounding. They take what `plain` takes.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium import spaces
+from torch import Tensor, nn
+
+from ..vision import MLP, TanhMLP
+
+LARGEST = 2**17
+"""Products in a layer, over all rows, beyond which numpy gains nothing and would start threads of its own."""
+
+
+def plain(encoder: nn.Module, head: nn.Linear, space: spaces.Space) -> list[nn.Linear] | None:
+    """The linear layers of `head(encoder(obs))` where the encoder is `mlp` or `mlp-tanh` on the CPU, for
+    vectors of floats, and nothing stands between them but one kind of activation; else None."""
+    vectors = isinstance(space, spaces.Box) and len(space.shape) == 1 and space.dtype == np.float32
+    if not vectors or type(encoder) not in (MLP, TanhMLP) or head.weight.device.type != "cpu":
+        return None
+    return [module for module in (*encoder.modules(), head) if isinstance(module, nn.Linear)]
+
+
+class InNumpy:
+    """`head(encoder(obs))` as a function of a few observations (B, n), of what is `plain`."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Linear, linears: Sequence[nn.Linear]):
+        self.encoder, self.head, self.linears = encoder, head, linears
+        self.tanh = isinstance(encoder, TanhMLP)
+        self.layers = [(linear.weight.detach().numpy().T, linear.bias.detach().numpy()) for linear in linears]
+        self.largest = max(weight.size for weight, _ in self.layers)
+
+    def __call__(self, obs: Tensor) -> Tensor:
+        if len(obs) * self.largest > LARGEST:
+            return self.head(self.encoder(obs))
+        x = obs.numpy()
+        for weight, bias in self.layers[:-1]:
+            x = x @ weight
+            x += bias
+            if self.tanh:
+                np.tanh(x, out=x)
+            else:
+                np.maximum(x, 0, out=x)
+        weight, bias = self.layers[-1]
+        return torch.from_numpy(x @ weight + bias)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "InNumpy":
+        """Of a copied network the copy's weights; copied arrays would be nobody's."""
+        return InNumpy(*copy.deepcopy((self.encoder, self.head, self.linears), memo))
+
+
+def in_numpy(encoder: nn.Module, head: nn.Linear, space: spaces.Space) -> InNumpy | None:
+    """`InNumpy` for a network where it is `plain`, else None."""
+    linears = plain(encoder, head, space)
+    return None if linears is None else InNumpy(encoder, head, linears)
+
+
+class Layers:
+    """Linear layers with tanh or ReLU in between, forwards and, by the chain rule, backwards."""
+
+    def __init__(self, linears: Sequence[nn.Linear], tanh: bool, gradient_of: Mapping[Tensor, Tensor]):
+        """`gradient_of` says where the gradient of each parameter goes."""
+        self.weights = [linear.weight.detach() for linear in linears]
+        self.biases = [linear.bias.detach() for linear in linears]
+        self.gradients = [(gradient_of[linear.weight], gradient_of[linear.bias]) for linear in linears]
+        self.tanh = tanh
+        self.inputs: list[Tensor] = []
+        """What each layer saw in the last `forward`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs) -> (B, outputs)."""
+        self.inputs = [x]
+        for weight, bias in zip(self.weights[:-1], self.biases):
+            x = torch.addmm(bias, x, weight.t())
+            x = x.tanh_() if self.tanh else x.relu_()
+            self.inputs.append(x)
+        return torch.addmm(self.biases[-1], x, self.weights[-1].t())
+
+    def backward(self, gradient: Tensor) -> None:
+        """d loss / d outputs (B, outputs) of the last `forward` -> d loss / d parameters, where they go."""
+        for i in reversed(range(len(self.weights))):
+            x, (weight, bias) = self.inputs[i], self.gradients[i]
+            torch.mm(gradient.t(), x, out=weight)
+            torch.sum(gradient, 0, out=bias)
+            if i > 0:
+                gradient = gradient @ self.weights[i]
+                slope = torch.ops.aten.tanh_backward if self.tanh else torch.ops.aten.threshold_backward
+                gradient = slope(gradient, x) if self.tanh else slope(gradient, x, 0)

@@ -1,0 +1,127 @@
+"""Small networks without modules and autograd give what modules and autograd give."""
+
+import copy
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from foveal.agents import A2C, DQN, PPO, load
+from foveal.agents.small import LARGEST, in_numpy, plain
+from foveal.vision import ENCODERS, MLP
+
+VECTOR = ["mlp", "mlp-tanh"]
+
+
+def agent_of(encoder: str, **settings: Any) -> PPO:
+    return PPO("Pendulum-v1", PPO.Config(num_envs=2, **settings), encoder=encoder, device="cpu")
+
+
+@pytest.mark.parametrize("encoder", VECTOR)
+def test_numpy_gives_the_networks_logits_and_sees_new_weights(encoder):
+    agent = agent_of(encoder)
+    network, obs = agent.network, torch.randn(5, 3)
+    assert agent.logits_of is not None
+    for _ in range(2):
+        with torch.no_grad():
+            expected = network.policy_head(network.encoder(obs))
+            assert expected.abs().max() > 1e-4
+            torch.testing.assert_close(agent.logits_of(obs), expected, rtol=1e-4, atol=1e-6)
+            agent.weights.add_(0.1 * torch.randn_like(agent.weights))  # an optimizer's step is seen
+
+
+def test_a_copy_acts_with_weights_of_its_own():
+    agent = agent_of("mlp-tanh")
+    other, obs = copy.deepcopy(agent), torch.ones(1, 3)
+    assert agent.logits_of is not None
+    assert other.logits_of is not None
+    with torch.no_grad():
+        before = agent.logits_of(obs)
+        other.network.policy_head.bias.add_(2)
+        assert torch.equal(agent.logits_of(obs), before)
+        expected = other.network.policy_head(other.network.encoder(obs))
+        torch.testing.assert_close(other.logits_of(obs), expected)
+        assert (expected - before).abs().max() > 1
+
+
+def test_many_rows_go_through_torch():
+    agent = agent_of("mlp-tanh")
+    rows = LARGEST // 64**2 + 1
+    assert agent.logits_of is not None
+    with torch.no_grad():
+        expected = agent.network.policy_head(agent.network.encoder(torch.ones(rows, 3)))
+        assert torch.equal(agent.logits_of(torch.ones(rows, 3)), expected)
+
+
+def test_what_is_not_plain_is_left_to_torch():
+    space: Any = agent_of("mlp").observation_space
+    for name in ("mlp-norm",):
+        encoder = ENCODERS[name](space)
+        assert in_numpy(encoder, torch.nn.Linear(encoder.features_dim, 2), space) is None
+
+    class Mine(MLP):
+        def features(self, x):
+            return 2 * super().features(x)
+
+    assert plain(Mine(space), torch.nn.Linear(256, 2), space) is None
+    assert agent_of("mlp-tanh", recurrent="gru").learner.layers is None
+    assert agent_of("mlp-tanh", share_encoder=True).learner.layers is None
+    assert agent_of("mlp-tanh", encoder_learning_rate=0.0).learner.layers is None
+
+
+@pytest.mark.parametrize("encoder", VECTOR)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_chain_rule_gives_autograds_gradient(encoder, normalize):
+    """Of a loss of everything that the network gives, every parameter's; and the outputs themselves."""
+    agent = agent_of(encoder, normalize_observations=normalize)
+    network, learner = agent.network, agent.learner
+    assert learner.layers is not None
+    torch.manual_seed(1)
+    if network.normalizer is not None:
+        network.normalizer.update(3 + torch.randn(4, 2, 3))
+    obs, state, starts = torch.randn(4, 2, 3), torch.zeros(2, 0), torch.zeros(4, 2, dtype=torch.bool)
+    targets = torch.randn(4, 2, 2), torch.randn(4, 2)
+
+    def loss(model):
+        params, values, states = model(obs, state, starts)
+        assert states.shape == (4, 2, 0)
+        return (params[:-1] - targets[0][:-1]).pow(3).mean() + (values * targets[1]).exp().mean()
+
+    expected_loss, got = loss(network), loss(learner)
+    torch.testing.assert_close(got, expected_loss)
+    expected = torch.autograd.grad(expected_loss, agent.parameters)
+    agent.gradient.fill_(torch.nan)
+    learner.take_gradient(got)
+    for view, gradient in zip(agent.gradients, expected, strict=True):
+        assert gradient.abs().max() > 1e-4
+        torch.testing.assert_close(view, gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_agents_act_alike_with_and_without_numpy():
+    for kind in (A2C, DQN):
+        agent: Any = kind("CartPole-v1", seed=3, device="cpu")
+        obs = 3 * np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+        quick = agent.predict(obs, deterministic=True)[0]
+        agent.logits_of, agent.acting = None, agent.network
+        assert np.array_equal(quick, agent.predict(obs, deterministic=True)[0])
+        assert len(set(quick.tolist())) == 2, "one action for all tells little"
+
+
+def test_recipes_of_the_zoo_build_its_networks(tmp_path):
+    """Two ReLU layers of 256 for policy and value each, PyTorch's own weights, small deviations at first."""
+    agent = PPO("Pendulum-v1", PPO.recipe("HalfCheetah-v5"), seed=2, device="cpu")
+    assert agent.encoder_name == "mlp"
+    assert agent.network.value_encoder is not None
+    assert torch.equal(agent.network.log_std.detach(), torch.tensor([-2.0]))  # type: ignore[union-attr]
+    bound = 1 / 256**0.5
+    head = agent.network.policy_head
+    assert 0.8 * bound < head.weight.abs().max() <= bound
+    assert head.bias.abs().max() > 0
+    again = load(agent.save(tmp_path / "w.safetensors"), device="cpu")
+    assert again.describe()["encoder"]["name"] == "mlp"
+    obs = np.ones(3, np.float32)
+    assert np.array_equal(
+        again.predict(obs, deterministic=True)[0], agent.predict(obs, deterministic=True)[0]
+    )
+    assert PPO("Pendulum-v1", device="cpu").encoder_name == "mlp-tanh"
