@@ -11,6 +11,7 @@ import importlib
 import logging
 import os
 import signal
+import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
@@ -34,7 +35,11 @@ def _register(namespace: str) -> str | None:
     """Register a namespace's environments; says in one line why it could not, or returns None."""
     module, extra = NAMESPACES[namespace]
     package = module.partition(".")[0]
-    logging.disable(logging.WARNING)  # minatar warns that it can't plot without seaborn; we render ourselves
+    # minatar imports seaborn to draw, and pandas and scipy with it, some seconds of every start; we draw
+    # ourselves. To what is None here an import is an ImportError, which minatar catches and warns of.
+    unwanted = [name for name in ("matplotlib", "seaborn") if name not in sys.modules]
+    sys.modules.update(dict.fromkeys(unwanted))  # type: ignore[arg-type]
+    logging.disable(logging.WARNING)
     try:
         importlib.import_module(package)
         registration = importlib.import_module(module)
@@ -46,6 +51,8 @@ def _register(namespace: str) -> str | None:
         return f"needs {package}, which is installed but does not import: {type(error).__name__}: {error}"
     finally:
         logging.disable(logging.NOTSET)
+        for name in unwanted:
+            del sys.modules[name]
     return None
 
 

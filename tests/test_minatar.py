@@ -1,5 +1,8 @@
 """MinAtar: our convention for its observations, episodes that repeat, pictures without seaborn."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from gymnasium import spaces
@@ -77,3 +80,18 @@ def test_pictures():
 
 def test_listed():
     assert {f"MinAtar/{game}-v{version}" for game in GAMES for version in (0, 1)} <= set(list_env_ids())
+
+
+def test_its_plotting_is_not_imported(tmp_path):
+    """seaborn, with pandas and scipy, would take some seconds of every start; a later import still works."""
+    code = """
+import sys
+from foveal.envs import make_vec
+make_vec("MinAtar/Breakout-v1").reset()
+assert "minatar.environment" in sys.modules
+print([name for name in ("matplotlib", "seaborn", "pandas", "scipy") if name in sys.modules])
+import matplotlib
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\n"
