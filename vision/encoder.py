@@ -259,6 +259,19 @@ class NormMinAtarCNN(MinAtarCNN):
     layer_norm = True
 
 
+class StridedCNN(ImageEncoder):
+    """The convolutional net that "Recurrent Models of Visual Attention" (Mnih et al. 2014, 1406.6247, section
+    4.1) compares with: 8 filters of 10x10 pixels, 5 apart, then 256 features."""
+
+    smallest = 10
+
+    def __init__(self, observation_space: spaces.Space, features_dim: int = 256):
+        super().__init__(observation_space, features_dim)
+
+    def convolutions(self, channels: int) -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(channels, 8, kernel_size=10, stride=5), *self.norm(8), nn.ReLU())
+
+
 class ResidualBlock(nn.Module):
     """x + conv(relu(conv(relu(x)))), 3x3, same size; layer normalisation after each convolution if wanted."""
 
@@ -321,6 +334,7 @@ ENCODERS: dict[str, Callable[..., Encoder]] = {
     "impala-norm": NormImpala,
     "minatar": MinAtarCNN,
     "minatar-norm": NormMinAtarCNN,
+    "strided": StridedCNN,
 }
 
 
