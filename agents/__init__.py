@@ -1,6 +1,7 @@
 """The agents: one algorithm, one file."""
 
 from pathlib import Path
+from typing import Any
 
 import torch.nn as nn
 
@@ -12,6 +13,7 @@ from .checkpoint import Checkpointed, load_checkpoint, newest_first, save_checkp
 from .dqn import DQN
 from .ppo import PPO
 from .pqn import PQN
+from .recurrent_attention import RAM
 from .reinforce import REINFORCE
 from .replay import Replay
 from .sb3 import SB3_AGENTS
@@ -35,13 +37,17 @@ def load(
     env: str | VectorEnv | None = None,
     encoder: nn.Module | None = None,
     device: str = "auto",
-) -> Agent:
-    """The agent, of whatever kind, that a weights file, a checkpoint or a run folder holds.
+) -> Any:
+    """The agent, of whatever kind, that a weights file, a checkpoint or a run folder holds: an `Agent`, or a
+    `RAM`, which learns from images and not from an environment.
 
     Raises FileNotFoundError where there is none, ValueError where it is damaged or of another version.
     """
     path = find_weights(Path(path))
-    name = read_weights(path)[1].get("agent")
+    description = read_weights(path)[1]
+    name = description.get("agent")
+    if description.get("model") == RAM.name:
+        return RAM.load(path, device)
     if name not in AGENTS:
         raise ValueError(f"{path} holds {name!r}, which is no agent; agents are {', '.join(AGENTS)}")
     return AGENTS[name].load(path, env, encoder, device)
@@ -53,6 +59,7 @@ __all__ = [
     "DQN",
     "PPO",
     "PQN",
+    "RAM",
     "REINFORCE",
     "Agent",
     "Checkpointed",

@@ -69,6 +69,28 @@ class GRU(nn.Module):
         return h, h
 
 
+class RNN(nn.Module):
+    """The plain recurrent net, ReLU(W x + V h + b) (Mnih et al. 2014, 1406.6247, section 4); S = `size`.
+
+    V starts as the identity, with which such a net remembers from the first (Le et al. 2015, 1504.00941).
+    """
+
+    def __init__(self, inputs: int, size: int):
+        super().__init__()
+        self.size = self.state_size = size
+        self.weight_ih = nn.Parameter(torch.empty(size, inputs))
+        self.weight_hh = nn.Parameter(torch.eye(size))
+        self.bias = nn.Parameter(torch.zeros(size))
+        orthogonal_(self.weight_ih)
+
+    def project(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.weight_ih, self.bias)
+
+    def step(self, projected: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.addmm(projected, state, self.weight_hh.T).relu()
+        return h, h
+
+
 CORES: dict[str, type[LSTM] | type[GRU]] = {"lstm": LSTM, "gru": GRU}
 
 
