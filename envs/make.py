@@ -26,6 +26,7 @@ CARTPOLE_NATIVE_FROM = 4
 MODES = tuple(mode.value for mode in AutoresetMode)
 
 ATARI_VECTOR = "ale_py.vector_env:AtariVectorEnv"
+GLIMPSE_VECTOR = "foveal.envs.glimpse:GlimpseVectorEnv"
 ARRAY_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
@@ -47,8 +48,8 @@ def make_vec(
     seed: together with `training` fixes every episode; not negative.
     training: False for evaluation: seeds of their own, no clipped rewards, no ending at a lost life, and a
         limit of `EVALUATION_STEP_LIMIT` steps where the environment has none.
-    backend: `sync` (one after the other), `async` (a process each), `native` (ALE's and CartPole's arrays),
-        or `auto`: native for ALE and for four or more CartPoles, else sync.
+    backend: `sync` (one after the other), `async` (a process each), `native` (ALE's, CartPole's and
+        Glimpse's arrays), or `auto`: native for ALE, Glimpse and for four or more CartPoles, else sync.
     autoreset_mode: what Gymnasium's environment does at an ending ("NextStep", "SameStep", "Disabled"); none
         of them changes the transitions. None takes the cheapest.
     env_kwargs: handed to the environment; for ALE to AtariVectorEnv (`repeat_action_probability`, .25 by
@@ -106,6 +107,10 @@ def make_vec(
             spec, int(num_envs), kwargs, limit, backend, mode, life_loss_ends, render_mode is not None
         )
         return VectorEnv(atari, made_with, atari.frame_stack, clip_rewards)
+    if spec.vector_entry_point == GLIMPSE_VECTOR:
+        kwargs.setdefault("split", "train" if training else "test")
+        glimpse = _make_glimpse(spec, int(num_envs), kwargs, limit, backend, mode, render_mode)
+        return VectorEnv(glimpse, made_with, frame_stack=1, clip_rewards=False)
     if not training and limit is None and spec.max_episode_steps is None:
         limit = EVALUATION_STEP_LIMIT
     made = _make_gymnasium(spec, int(num_envs), kwargs, limit, backend, mode, render_mode)
@@ -140,6 +145,33 @@ def _make_atari(
         return Atari(spec, num_envs, kwargs, limit, mode or AutoresetMode.NEXT_STEP, life_loss_ends, screen)
     except Exception as error:
         raise _explained(error, spec, kwargs) from error
+
+
+def _make_glimpse(
+    spec: EnvSpec,
+    num_envs: int,
+    kwargs: dict[str, Any],
+    limit: int | None,
+    backend: str,
+    mode: AutoresetMode | None,
+    render_mode: str | None,
+) -> Backend:
+    from .glimpse import Glimpse, GlimpseVectorEnv
+
+    if backend not in ("auto", "native") or mode not in (None, AutoresetMode.DISABLED):
+        raise ValueError(f"backend: {spec.id} is stepped as one (auto, native; autoreset_mode Disabled)")
+    if spec.kwargs["form"] == "dict":
+        raise ValueError(
+            f"env_id {spec.id!r}: its actions are a look and an answer; agents take foveal/GlimpseBox-v0 "
+            "(Box actions) or foveal/GlimpseGrid-v0 (Discrete ones)"
+        )
+    ours = {"num_envs", "form", "render_mode", "autoreset_mode"}
+    taken = inspect.signature(GlimpseVectorEnv).parameters.keys() - ours
+    refused = kwargs.keys() - taken
+    if refused:
+        names = ", ".join(sorted(refused))
+        raise ValueError(f"env_kwargs: {spec.id} does not take {names}; it takes {', '.join(sorted(taken))}")
+    return Glimpse(num_envs, {**spec.kwargs, **kwargs, "render_mode": render_mode}, limit)
 
 
 def _make_gymnasium(

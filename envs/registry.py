@@ -24,6 +24,14 @@ from gymnasium.envs.registration import EnvSpec
 gym.register("foveal/GridWorld-v0", "foveal.envs.gridworld:GridWorld", max_episode_steps=100)
 gym.register("foveal/MaskedCartPole-v0", "foveal.envs.masked:MaskedCartPole", max_episode_steps=500)
 
+for _form, _suffix in (("dict", ""), ("box", "Box"), ("grid", "Grid")):
+    gym.register(
+        f"foveal/Glimpse{_suffix}-v0",
+        "foveal.envs.glimpse:GlimpseEnv",
+        vector_entry_point="foveal.envs.glimpse:GlimpseVectorEnv",
+        kwargs={"form": _form},
+    )
+
 NAMESPACES = {"ALE": ("ale_py", "atari"), "MinAtar": ("minatar.gym", "minatar")}
 """Namespace -> (the module that registers its environments, foveal's extra that installs it)."""
 
