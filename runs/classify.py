@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..agents import RAM
 from ..vision import Dataset
 from .lifecycle import say
 from .model_plots import confusion_matrix, filters_grid, training_curves
@@ -61,7 +62,7 @@ def score(model: Any, dataset: Dataset) -> dict[str, Any]:
     scores = model.evaluate(dataset.test)
     low, high = wilson(scores.error, len(dataset.test))
     majority = int(dataset.train.labels.mode().values)
-    return {
+    result: dict[str, Any] = {
         "test/error": scores.error,
         "test/error_ci95_low": low,
         "test/error_ci95_high": high,
@@ -69,14 +70,26 @@ def score(model: Any, dataset: Dataset) -> dict[str, Any]:
         "test/images": len(dataset.test),
         "baseline/commonest_class": (dataset.test.labels != majority).double().mean().item(),
     }
+    if isinstance(model, RAM):  # one pass with mean looks is the error; these say how much depends on that
+        result["test/error_sampled"] = model.evaluate(dataset.test, sampled=True).error
+        if (passes := model.config.monte_carlo) > 1:
+            averaged = model.evaluate(dataset.test, sampled=True, passes=passes)
+            result |= {"test/error_monte_carlo": averaged.error, "test/monte_carlo": passes}
+    return result
 
 
 def result_text(result: dict[str, Any]) -> str:
-    return (
+    text = (
         f"test error: {result['test/error']:.2%} of {result['test/images']:,} images "
         f"(95 % interval {result['test/error_ci95_low']:.2%} to {result['test/error_ci95_high']:.2%}); "
         f"always the commonest class: {result['baseline/commonest_class']:.1%}"
     )
+    if "test/error_sampled" in result:
+        text += f"\none pass with mean looks; with drawn ones {result['test/error_sampled']:.2%}"
+    if "test/error_monte_carlo" in result:
+        passes = result["test/monte_carlo"]
+        text += f", their answers averaged over {passes} passes {result['test/error_monte_carlo']:.2%}"
+    return text
 
 
 def wilson(share: float, n: int, z: float = 1.959964) -> tuple[float, float]:

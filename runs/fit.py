@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ..agents import newest_first, save_checkpoint, sweep
+from ..agents import RAM, newest_first, save_checkpoint, sweep
 from ..agents.progress import progress as progress_display
 from ..generative import VAE, Autoencoder, Generative, PixelCNN, PixelRNN
 from ..vision import (
@@ -26,6 +26,8 @@ from ..vision import (
     quantize,
     read_weights,
 )
+from ..vision.canvas import PIECE, clutter_pieces, on_canvas
+from .attention import conclude_ram
 from .classify import conclude_classifier
 from .generate import conclude_generative, draw_pictures
 from .lifecycle import (
@@ -44,6 +46,7 @@ from .run import Run, create_run, open_run, resume_run
 MODELS: dict[str, type[Model]] = {
     "classifier": Classifier,
     "knn": KNN,
+    "ram": RAM,
     "autoencoder": Autoencoder,
     "vae": VAE,
     "pixelcnn": PixelCNN,
@@ -53,6 +56,7 @@ MODELS: dict[str, type[Model]] = {
 CONCLUSIONS: dict[str, Callable[[Run, Any, Dataset, float], None]] = {
     "classifier": conclude_classifier,
     "knn": conclude_classifier,
+    "ram": conclude_ram,
     "autoencoder": conclude_generative,
     "vae": conclude_generative,
     "pixelcnn": conclude_generative,
@@ -85,6 +89,19 @@ class FitOptions(RunOptions):
     """Use only so many test images."""
     image_size: int | None = None
     """Side in pixels that images are resized to."""
+    translated: int | None = None
+    """Put every image at a random place of a canvas of this side in pixels."""
+    cluttered: int | None = None
+    """The same, among pieces of other images."""
+    clutter_pieces: int | None = None
+    """How many; by default 4 on a canvas of 60 pixels and 8 on one of 100."""
+    clutter_size: int = PIECE
+    """Their side in pixels."""
+    canvases: int = 60_000
+    """Canvases to train on: where there are fewer training images, each lies on several."""
+    baseline: bool = True
+    """Train what ram is compared with as well, for as many epochs: random looking, a fully connected and a
+    convolutional net. Other models have nothing of the kind."""
     binarize: str | None = None
     """A threshold (pixels of at least that much become 1, others 0), or dynamic: each pixel is drawn, with
     its grey as the chance of a 1, anew for each batch of training."""
@@ -100,7 +117,7 @@ class FitOptions(RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("train_size", "test_size", "image_size", "log_every", "checkpoint_every"):
+        for name in ("train_size", "test_size", "image_size", "log_every", "checkpoint_every", "canvases"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         if self.folds is not None and (self.folds < 2 or self.validation is not None):
@@ -114,6 +131,10 @@ class FitOptions(RunOptions):
             raise ValueError(f"binarize must be dynamic or a whole number, got {self.binarize!r}")
         if self.binarize is not None and self.levels is not None:
             raise ValueError("levels and binarize exclude each other")
+        if self.translated is not None and self.cluttered is not None:
+            raise ValueError(
+                f"translated and cluttered are two tasks, got both: {self.translated} and {self.cluttered}"
+            )
 
 
 def open_dataset(options: FitOptions) -> Dataset:
@@ -132,6 +153,17 @@ def open_dataset(options: FitOptions) -> Dataset:
         train, held_out = folds(dataset.train.labels, options.folds, options.seed)[options.fold]
         parts = {"train": dataset.train.take(train), "validation": dataset.train.take(held_out)}
         dataset = replace(dataset, **parts)  # type: ignore[arg-type]
+    side = options.cluttered if options.cluttered is not None else options.translated
+    if side is not None:
+        pieces = options.clutter_pieces if options.clutter_pieces is not None else clutter_pieces(side)
+        dataset = on_canvas(
+            dataset,
+            side,
+            options.seed,
+            pieces if options.cluttered is not None else 0,
+            options.clutter_size,
+            options.canvases,
+        )
     if options.binarize is not None:
         dataset = binarize(dataset, "dynamic" if options.binarize == "dynamic" else int(options.binarize))
     return dataset if options.levels is None else quantize(dataset, options.levels)
@@ -180,7 +212,7 @@ def fit(name: str, options: FitOptions, config: Any) -> Run:
                 "classes": list(dataset.classes),
                 "levels": dataset.high + 1,
             },
-            "config": asdict(config),
+            "config": asdict(model.config),
             "options": json.loads(json.dumps(asdict(options), default=str)),
         },
         tags=options.tags,
