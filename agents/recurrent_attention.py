@@ -33,8 +33,7 @@ from ..vision.classifier import Scores, check_finite
 from ..vision.datasets import fits
 from ..vision.glimpse import GlimpseEncoder, check_glimpse, framed, look
 from ..vision.model import Model, Row, Shuffle, seeds_of
-from .initialization import orthogonal
-from .optimization import (
+from ..vision.optimization import (
     Adam,
     adam_state,
     adam_step,
@@ -43,6 +42,7 @@ from .optimization import (
     take_gradient,
     views_of,
 )
+from .initialization import orthogonal
 from .recurrent import CORES, RNN
 
 
