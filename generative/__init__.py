@@ -2,6 +2,7 @@
 
 from .autoencoder import Autoencoder, AutoencoderConfig
 from .decoder import make_decoder
+from .gan import GAN, GANConfig
 from .likelihood import LIKELIHOODS, bits_per_dim, discretized_logistic_log_prob, independent_pixels
 from .model import Generative, Learner, Moment
 from .pixelcnn import PixelCNN, PixelCNNConfig
@@ -9,10 +10,12 @@ from .pixelrnn import PixelRNN, PixelRNNConfig
 from .vae import VAE, VAEConfig
 
 __all__ = [
+    "GAN",
     "LIKELIHOODS",
     "VAE",
     "Autoencoder",
     "AutoencoderConfig",
+    "GANConfig",
     "Generative",
     "Learner",
     "Moment",

@@ -144,7 +144,7 @@ class Autoencoder(Generative):
     Config: ClassVar[type] = AutoencoderConfig
     recipe = staticmethod(recipe)
     run_options = staticmethod(run_options)
-    measures: ClassVar[tuple[str, ...]] = ("loss", "reconstruction", "penalty", "grad_norm")
+    measures: tuple[str, ...] = ("loss", "reconstruction", "penalty", "grad_norm")
     chosen_by: ClassVar[str] = "validation/fit"
     headline: ClassVar[str] = "test/squared_error"
     config: AutoencoderConfig

@@ -1,9 +1,9 @@
 """Generative adversarial networks: one trainer, the loss, the networks and the conditioning are choices.
 
-Goodfellow et al. 2014 (arXiv:1406.2661): minimax and non-saturating losses. Mao et al. 2016 (arXiv:1611.04076):
-least squares. Arjovsky et al. 2017 (arXiv:1701.07875): Wasserstein, weights clipped. Gulrajani et al. 2017
-(arXiv:1704.00028): gradient penalty. Lim and Ye 2017 (arXiv:1705.02894): hinge, with Miyato's spectral
-normalisation (arXiv:1802.05957). The average of the generator's weights: Yazici et al. 2018 (arXiv:1806.04498).
+Goodfellow et al. 2014 (1406.2661): minimax and non-saturating losses. Mao et al. 2016 (1611.04076):
+least squares. Arjovsky et al. 2017 (1701.07875): Wasserstein, weights clipped. Gulrajani et al. 2017
+(1704.00028): gradient penalty. Lim and Ye 2017 (1705.02894): hinge, with Miyato's spectral
+normalisation (1802.05957). The average of the generator's weights: Yazici et al. 2018 (1806.04498).
 """
 
 import contextlib
@@ -35,8 +35,8 @@ class GANConfig:
     """mlp, dcgan or resnet."""
     conditional: Conditional | None = None
     """What labels do, if anything: the generator gets a label's embedding beside the noise. embedding: the
-    critic sees another one as a channel. projection: its score has a product of the label's embedding with its
-    features. acgan: it also classifies, and both networks learn from that."""
+    critic sees another one as a channel. projection: its score has a product of the label's embedding with
+    its features. acgan: it also classifies, and both networks learn from that."""
     latent_size: int = 64
     """Numbers of noise, normally distributed."""
     width: int = 32
@@ -68,13 +68,16 @@ class GANConfig:
     auxiliary: float = 1.0
     """Weight of acgan's classification in both losses."""
     ema: float = 0.999
-    """Decay, a step of the generator, of the average of its weights that samples are made with; 0 for none."""
+    """Decay, a step of the generator, of the average of its weights that samples are made with;
+    0 for none."""
     validate_every: int = 1
     """Epochs between two validations, each with its FID on the validation images."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Of the forward and backward passes; losses, weights and the gradient penalty stay float32."""
 
     def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
         for name in ("latent_size", "width", "batch_size", "n_critic", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
@@ -94,8 +97,8 @@ class GANConfig:
             )
 
 
-# What a loss is known to work with. wgan-gp and hinge are their papers' for MNIST-sized images, with a generator
-# step at each (hinge) or every third (wgan-gp, the paper has five) of the critic's.
+# What a loss is known to work with. The paper of wgan-gp has five steps of the critic for one of the
+# generator; three cost less.
 RECIPES: dict[str, dict[str, Any]] = {
     "minimax": {},
     "non-saturating": {},
@@ -112,8 +115,8 @@ def recipe(loss: str | None = None, dataset: str | None = None, **changes: Any) 
     return GANConfig(**{"loss": name, **RECIPES.get(name, {}), **changes})
 
 
-# Losses: of the critic's scores of real and of made images (B,), and of the generator, whose images got scores
-# (B,). The generator minimises its own. Scores of the first two are logits.
+# Losses: the critic's, of its scores of real and of made images (B,), and the generator's, of the latter.
+# Each network minimises its own. Scores of the first two are logits.
 
 
 class Losses(NamedTuple):
@@ -180,7 +183,7 @@ class GAN(Generative):
 
     >>> from foveal.vision import load_dataset
     >>> digits = load_dataset("digits", train_size=100)
-    >>> gan = GAN(digits.space, digits.classes, GAN.recipe("hinge", width=8), device="cpu").fit(digits, epochs=1)
+    >>> gan = GAN(digits.space, digits.classes, GAN.recipe("hinge", width=8)).fit(digits, epochs=1)
     >>> gan.sample(3, generator=torch.Generator().manual_seed(0)).shape
     torch.Size([3, 1, 8, 8])
     """
@@ -189,12 +192,15 @@ class GAN(Generative):
     Config: ClassVar[type] = GANConfig
     recipe = staticmethod(recipe)
     run_options = staticmethod(lambda dataset: {"epochs": 100.0 if dataset == "digits" else 10.0})
+    recipe_choices: ClassVar[tuple[str, ...]] = ("loss",)
     chosen_by: ClassVar[str] = "validation/closeness"
     headline: ClassVar[str] = "test/fid"
     config: GANConfig
 
     def build(self) -> nn.Module:
-        config, shape = self.config, self.space.shape
+        config = self.config
+        channels, height, width = self.space.shape
+        shape = channels, height, width
         if self.conditional and len(self.classes) < 2:
             raise ValueError(
                 f"conditional {config.conditional} needs two classes or more, got {len(self.classes)}"
@@ -236,8 +242,8 @@ class GAN(Generative):
         return torch.stack([*measured[:3], *self.last, diversity(fake, real), *measured[3:]])
 
     def critic_step(self, real: Tensor, labels: Tensor, rate: float) -> tuple[list[Tensor], Tensor]:
-        """One step of the critic on images (B, C, H, W) in [-1, 1] and labels (B,): what was measured, and the
-        images that were made for it."""
+        """One step of the critic on images (B, C, H, W) in [-1, 1] and labels (B,): what was measured, and
+        the images that were made for it."""
         config, given = self.config, labels if self.conditional else None
         with torch.no_grad(), self.autocast():
             fake = self.generator(self.draw(len(real)), given).float()
@@ -257,7 +263,9 @@ class GAN(Generative):
             measured.append((real_logits.argmax(1) == labels).float().mean())
         self.watch(fake, loss)
         learner = self.learners["critic"]
-        learner.step(loss, rate * (config.critic_learning_rate or config.learning_rate) / config.learning_rate)
+        learner.step(
+            loss, rate * (config.critic_learning_rate or config.learning_rate) / config.learning_rate
+        )
         if config.loss == "wgan":
             learner.weights.clamp_(-config.clip, config.clip)
         return measured, fake
@@ -295,12 +303,13 @@ class GAN(Generative):
         """Noise (n, latent_size)."""
         return torch.randn(n, self.config.latent_size, generator=generator, device=self.device)
 
-    # Which network went wrong is told by the images and scores of every step: after one that is not finite, its
-    # gradients soon spoil the other.
+    # Images and scores of every step tell which network went wrong first: it soon spoils the other.
 
     def watch(self, fake: Tensor, loss: Tensor) -> None:
         """Note the network to blame where made images, or else a critic's loss of them, are not finite."""
-        code = torch.where(fake.detach().sum().isfinite(), torch.where(loss.detach().isfinite(), 0.0, 2.0), 1.0)
+        code = torch.where(
+            fake.detach().sum().isfinite(), torch.where(loss.detach().isfinite(), 0.0, 2.0), 1.0
+        )
         self.wrong = torch.where(self.wrong == 0, code, self.wrong)
 
     def check_finite(self, measured: dict[str, float]) -> None:
@@ -333,9 +342,11 @@ class GAN(Generative):
                 parts.append((self.generator(z[part].to(self.device), given).float() + 1) / 2)
         return torch.cat(parts).contiguous()
 
-    def sample(self, n: int, generator: torch.Generator | None = None, labels: Tensor | None = None) -> Tensor:
-        """New images (n, C, H, W) uint8 of noise that `generator`, on the model's device, draws; of the labels
-        (n,) where the model is conditional."""
+    def sample(
+        self, n: int, generator: torch.Generator | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """New images (n, C, H, W) uint8 of noise that `generator`, on the model's device, draws; of the
+        labels (n,) where the model is conditional."""
         return (self.decode(self.draw(n, generator), labels) * self.high).round().byte()
 
     def validate(self, dataset: Dataset) -> dict[str, float]:
@@ -349,8 +360,8 @@ class GAN(Generative):
         return {"fid": distance, "closeness": -distance}
 
     def test(self, dataset: Dataset) -> dict[str, Any]:
-        """Samples against the test images, as many of both: what `metrics.compare` measures, which classes the
-        extractor takes samples for, and whether they are copies. Without an extractor only the last.
+        """Samples against the test images, as many of both: what `metrics.compare` measures, which classes
+        the extractor takes samples for, and whether they are copies. Without an extractor only the last.
 
         Raises ValueError where there are too few test images for its features.
         """

@@ -1,11 +1,12 @@
 """Generators and critics of a GAN: a perceptron, DCGAN's, and a small residual network.
 
-DCGAN: Radford et al. 2015 (arXiv:1511.06434), here with a linear layer on the last map where the paper has a
-convolution of the map's size, which is the same. Residual networks: Miyato et al. 2018 (arXiv:1802.05957), with
-the critic's sum over the last map. Projection: Miyato and Koyama 2018 (arXiv:1802.05637). Auxiliary classifier:
-Odena et al. 2017 (arXiv:1610.09585). Images are float32 in [-1, 1] in here.
+DCGAN: Radford et al. 2015 (1511.06434), here with a linear layer on the last map where the paper has a
+convolution of the map's size, which is the same. Residual networks: Miyato et al. 2018 (1802.05957), with
+the critic's sum over the last map. Projection: Miyato and Koyama 2018 (1802.05637). Auxiliary classifier:
+Odena et al. 2017 (1610.09585). Images are float32 in [-1, 1] in here.
 """
 
+import itertools
 import math
 from typing import Literal
 
@@ -54,15 +55,20 @@ class Generator(nn.Module):
 
 
 class Critic(nn.Module):
-    """Images (B, C, H, W) in [-1, 1], and their labels (B,) where it is conditional -> a score (B,) each, high
-    for real ones, and where it has an auxiliary classifier, logits (B, K).
+    """Images (B, C, H, W) in [-1, 1], and their labels (B,) where it is conditional -> a score (B,) each,
+    high for real ones, and where it has an auxiliary classifier, logits (B, K).
 
     `body` gives features (B, F). Conditional on a label, it sees the label's embedding as one more channel
     (embedding), or adds its product with the features to the score (projection).
     """
 
     def __init__(
-        self, shape: tuple[int, int, int], classes: int, conditional: Conditional | None, body: nn.Module, features: int
+        self,
+        shape: tuple[int, int, int],
+        classes: int,
+        conditional: Conditional | None,
+        body: nn.Module,
+        features: int,
     ):
         super().__init__()
         self.shape, self.conditional = shape, conditional
@@ -165,7 +171,11 @@ def make_generator(
             nn.Unflatten(1, (sizes[0], h, w)),
         ]
         for size, out in zip(sizes, [*sizes[1:], channels]):
-            layers += [nn.BatchNorm2d(size), nn.ReLU(), nn.ConvTranspose2d(size, out, 4, 2, 1, bias=out == channels)]
+            layers += [
+                nn.BatchNorm2d(size),
+                nn.ReLU(),
+                nn.ConvTranspose2d(size, out, 4, 2, 1, bias=out == channels),
+            ]
         generator = Generator(latent_size, classes, nn.Sequential(*layers, nn.Tanh()))
         generator.apply(dcgan_init)
         return generator
@@ -203,7 +213,7 @@ def make_critic(
         count, h, w = doublings(*shape[1:])
         sizes = [inputs, *(width * min(2**level, 8) for level in range(count))]
         layers: list[nn.Module] = []
-        for level, (size, out) in enumerate(zip(sizes, sizes[1:])):
+        for level, (size, out) in enumerate(itertools.pairwise(sizes)):
             normed = make_norm(norm if level else "none", out)
             layers += [nn.Conv2d(size, out, 4, 2, 1), normed, nn.LeakyReLU(0.2)]
         body, features = nn.Sequential(*layers, nn.Flatten()), sizes[-1] * h * w

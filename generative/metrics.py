@@ -1,8 +1,8 @@
 """How good samples are: distances between sets of features, and nearest neighbours. All in float64.
 
-FID: Heusel et al. 2017 (arXiv:1706.08500). KID: Binkowski et al. 2018 (arXiv:1801.01401). Precision and recall:
-Kynkaanniemi et al. 2019 (arXiv:1904.06991). Density and coverage: Naeem et al. 2020 (arXiv:2002.09797). Features
-are those of a classifier of the same data, so that figures compare only with others of the same extractor, whose
+FID: Heusel et al. 2017 (1706.08500). KID: Binkowski et al. 2018 (1801.01401). Precision and recall:
+Kynkaanniemi et al. 2019 (1904.06991). Density and coverage: Naeem et al. 2020 (2002.09797). Features are
+those of a classifier of the same data, so that figures compare only with others of the same extractor, whose
 digest is in every result.
 """
 
@@ -135,7 +135,7 @@ def kid(x: Tensor, y: Tensor) -> float:
     x, y = x.double(), y.double()
 
     def total(a: Tensor, b: Tensor) -> Tensor:
-        return sum(((part @ b.T / a.shape[1] + 1) ** 3).sum() for part in a.split(CHUNK))  # type: ignore[return-value]
+        return sum(((part @ b.T / a.shape[1] + 1) ** 3).sum() for part in a.split(CHUNK))
 
     def own(a: Tensor) -> Tensor:
         alone = ((a.square().sum(1) / a.shape[1] + 1) ** 3).sum()
@@ -225,7 +225,10 @@ def nearest(images: Tensor, among: Tensor) -> tuple[Tensor, Tensor]:
     """Of each raw image (N, C, H, W) the nearest of others (M, C, H, W) in pixels: root mean square
     difference (N,) float64, in pixel values, and index (N,)."""
     x = images.flatten(1).double()
-    best, index = torch.full((len(x),), torch.inf, dtype=torch.float64), torch.zeros(len(x), dtype=torch.int64)
+    best, index = (
+        torch.full((len(x),), torch.inf, dtype=torch.float64),
+        torch.zeros(len(x), dtype=torch.int64),
+    )
     for start in range(0, len(among), CHUNK):
         apart = distances(x, among[start : start + CHUNK].flatten(1).double()).min(1)
         closer = apart.values < best

@@ -125,7 +125,7 @@ class Generative(Model):
     """Base of the generative models; see the module's page for what a subclass gives."""
 
     run_options: ClassVar[Callable[..., Any]]
-    measures: ClassVar[tuple[str, ...]]
+    measures: tuple[str, ...]
     headline: ClassVar[str]
     sample: Callable[..., Tensor]
     """`sample(n, generator=None, labels=None)`, see above; only where the model has it."""

@@ -169,7 +169,7 @@ class VAE(Generative):
     Config: ClassVar[type] = VAEConfig
     recipe = staticmethod(recipe)
     run_options = staticmethod(run_options)
-    measures: ClassVar[tuple[str, ...]] = ("loss", "reconstruction", "kl", "grad_norm")
+    measures: tuple[str, ...] = ("loss", "reconstruction", "kl", "grad_norm")
     chosen_by: ClassVar[str] = "validation/elbo"
     headline: ClassVar[str] = "test/nats"
     config: VAEConfig

@@ -114,8 +114,8 @@ def train_model(name: str, rest: list[str]) -> int:
 
     flags, settings = take_settings(rest)
     dataset = _flag(flags, "dataset") or settings.get("dataset") or FitOptions.dataset
-    backbone = _flag(flags, "backbone") or settings.get("backbone")
-    recipe = MODELS[name].recipe(backbone, dataset, _flag(flags, "encoder") or settings.get("encoder"))
+    choices = {key: _flag(flags, key) or settings.get(key) for key in MODELS[name].recipe_choices}
+    recipe = MODELS[name].recipe(dataset=dataset, **choices)
     about = f"Train {name} into a new run folder. Settings default to the recipe for network and dataset."
     checks = {"checks": Checks} if name == "classifier" else {}
     defaults = getattr(MODELS[name], "run_options", None)
@@ -247,6 +247,8 @@ class Evaluate:
     """A model's: where the dataset's files are."""
     k: int | None = None
     """A VAE's: samples for each image in the bound on the likelihood; None for its own number."""
+    extractor: str | None = None
+    """A GAN's: another extractor than the run's; see `foveal train gan --help`."""
     json: bool = False
     """Print one JSON object instead of text."""
     video: Path | None = None
@@ -292,7 +294,7 @@ def evaluate_model(given: Evaluate) -> int:
     from . import classify, generate
     from .fit import load_run
 
-    model, dataset = load_run(given.run, given.dataset, given.data_dir, given.device)
+    model, dataset = load_run(given.run, given.dataset, given.data_dir, given.device, given.extractor)
     if isinstance(model, generate.Generative):
         result = generate.score(model, dataset, {} if given.k is None else {"k": given.k})
         text = generate.result_text(result)

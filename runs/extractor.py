@@ -32,7 +32,9 @@ def find_extractor(
         return None
     if name == "inception":
         if dataset.high != 255 or dataset.space.shape[0] not in (1, 3):
-            raise ValueError(f"extractor inception takes grey or RGB images of 256 levels, got {dataset.space}")
+            raise ValueError(
+                f"extractor inception takes grey or RGB images of 256 levels, got {dataset.space}"
+            )
         return inception_extractor(device)
     judge = cached_classifier(whole(), device) if name == "auto" else load_classifier(name, device)
     try:
@@ -63,7 +65,9 @@ def cached_classifier(dataset: Dataset, device: torch.device) -> Classifier:
         except ValueError:  # of another version
             path.unlink()
     say(f"extractor: training {config.backbone} on {dataset.name}, once; kept in {path}")
-    judge = Classifier(dataset.space, dataset.classes, config, seed=0, device=str(device)).fit(dataset, epochs)
+    judge = Classifier(dataset.space, dataset.classes, config, seed=0, device=str(device)).fit(
+        dataset, epochs
+    )
     say(f"extractor: {judge.evaluate(dataset.test).error:.2%} of {len(dataset.test):,} test images wrong")
     cache.mkdir(parents=True, exist_ok=True)
     judge.save(path)

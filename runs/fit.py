@@ -12,7 +12,7 @@ import torch
 
 from ..agents import RAM, newest_first, save_checkpoint, sweep
 from ..agents.progress import progress as progress_display
-from ..generative import VAE, Autoencoder, Generative, PixelCNN, PixelRNN
+from ..generative import GAN, VAE, Autoencoder, Generative, PixelCNN, PixelRNN
 from ..vision import (
     KNN,
     Classifier,
@@ -29,7 +29,8 @@ from ..vision import (
 from ..vision.canvas import PIECE, clutter_pieces, on_canvas
 from .attention import conclude_ram
 from .classify import conclude_classifier
-from .generate import conclude_generative, draw_pictures
+from .extractor import find_extractor
+from .generate import conclude_gan, conclude_generative, draw_pictures
 from .lifecycle import (
     ALL_THREADS,
     RunOptions,
@@ -51,6 +52,7 @@ MODELS: dict[str, type[Model]] = {
     "vae": VAE,
     "pixelcnn": PixelCNN,
     "pixelrnn": PixelRNN,
+    "gan": GAN,
 }
 """What `foveal train` trains on images."""
 CONCLUSIONS: dict[str, Callable[[Run, Any, Dataset, float], None]] = {
@@ -61,6 +63,7 @@ CONCLUSIONS: dict[str, Callable[[Run, Any, Dataset, float], None]] = {
     "vae": conclude_generative,
     "pixelcnn": conclude_generative,
     "pixelrnn": conclude_generative,
+    "gan": conclude_gan,
 }
 """Model -> what scores it on the test images, and draws it."""
 
@@ -107,6 +110,11 @@ class FitOptions(RunOptions):
     its grey as the chance of a 1, anew for each batch of training."""
     levels: int | None = None
     """Reduce grey to so many levels."""
+
+    extractor: str = "auto"
+    """What measures a GAN's samples (FID, precision, recall...). auto: a classifier that is trained on the
+    dataset once and kept in the cache. A classifier's run. inception: torchvision's, where it is installed.
+    none: nothing does."""
 
     log_every: int = 100
     """Gradient steps between two rows of metrics; the end of an epoch is always one, and is validated."""
@@ -181,7 +189,21 @@ def make_model(name: str, options: FitOptions, config: Any, dataset: Dataset) ->
             model.load_weights(read_weights(path)[0])
         except (RuntimeError, KeyError) as error:
             raise ValueError(f"{path} is of another architecture: {error}") from error
+    equip(model, options, dataset)
     return model
+
+
+def equip(model: Model, options: FitOptions, dataset: Dataset) -> None:
+    """Give a model what it is measured with. ValueError where that cannot measure it."""
+    if not isinstance(model, GAN):
+        return
+    whole = replace(options, seed=0, validation=None, folds=None, fold=0, train_size=None, test_size=None)
+    model.extractor = find_extractor(options.extractor, dataset, lambda: open_dataset(whole), model.device)
+    if model.extractor is not None and len(dataset.test) <= model.extractor.size:
+        raise ValueError(
+            f"extractor {options.extractor} has {model.extractor.size} features, which takes more than the "
+            f"{len(dataset.test)} test images of {dataset.name}; --extractor none measures nothing"
+        )
 
 
 def fit(name: str, options: FitOptions, config: Any) -> Run:
@@ -244,6 +266,7 @@ def resume_fit(path: Path, epochs: float | None, checkpoint: str | None, progres
     model, _, chosen = load_chosen(
         run, checkpoint, lambda folder: MODELS[run.config["agent"]].load(folder, device=options.device)
     )
+    equip(model, options, dataset)
     if options.epochs != stored.epochs:
         run.rewind(model.grad_step)
         best = path / "checkpoints" / "best" / "weights.safetensors"
@@ -311,6 +334,8 @@ def _fit(run: Run, model: Model, options: FitOptions, dataset: Dataset) -> Run:
     best_file = checkpoints / "best" / "weights.safetensors"
     chosen = best_file if best_file.exists() else newest_first(checkpoints)[0] / "weights.safetensors"
     scored = type(model).load(chosen, device=str(model.device))
+    if isinstance(model, GAN) and isinstance(scored, GAN):
+        scored.extractor = model.extractor
     CONCLUSIONS[model.name](run, scored, dataset, wall_s)
     run.summarize(peak_memory(run))
     run.artifact(model.name, "model", chosen, {"grad_step": scored.grad_step})
@@ -325,7 +350,11 @@ def _fit(run: Run, model: Model, options: FitOptions, dataset: Dataset) -> Run:
 
 
 def load_run(
-    path: Path, dataset: str | None = None, data_dir: Path | None = None, device: str = "auto"
+    path: Path,
+    dataset: str | None = None,
+    data_dir: Path | None = None,
+    device: str = "auto",
+    extractor: str | None = None,
 ) -> tuple[Any, Dataset]:
     """The model that a run or a weights file holds, and the dataset it was trained on, or another one.
 
@@ -342,10 +371,15 @@ def load_run(
         if dataset is None:
             raise ValueError(f"{file} lies in no run folder: name a dataset with --dataset") from None
         options = FitOptions()
-    found = open_dataset(
-        replace(options, dataset=dataset or options.dataset, data_dir=data_dir or options.data_dir)
+    options = replace(
+        options,
+        dataset=dataset or options.dataset,
+        data_dir=data_dir or options.data_dir,
+        extractor=extractor or options.extractor,
     )
+    found = open_dataset(options)
     check_dataset(found, model.space, model.classes)
+    equip(model, options, found)
     return model, found
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..generative import Generative
+from ..agents import newest_first
+from ..generative import GAN, Generative
 from ..vision import Dataset
 from ..vision.explain import embed, grid
 from .lifecycle import say
@@ -119,6 +120,18 @@ def latent_map(model: Any, dataset: Dataset, path: Path, most: int = 500) -> Pat
     codes = model.encode(part.images, part.labels if model.conditional else None).float().cpu()
     points = {name: embed(codes, method) for name, method in (("PCA", "pca"), ("t-SNE", "tsne"))}
     return embedding(points, part.labels.numpy(), dataset.classes, path)
+
+
+def conclude_gan(run: Run, model: GAN, dataset: Dataset, wall_s: float) -> None:
+    """The same of a GAN's best weights; and beside them what its last ones get, as last/..."""
+    newest = newest_first(run.path / "checkpoints")[0]
+    last = GAN.load(newest, device=str(model.device))
+    last.extractor = model.extractor
+    figures = {f"last/{name}": value for name, value in last.test(dataset).items() if name != "fid_extractor"}
+    run.summarize({"best/grad_step": model.grad_step, "last/grad_step": last.grad_step, **figures})
+    conclude_generative(run, model, dataset, wall_s)
+    if "last/fid" in figures:
+        say(f"FID of the last weights: {figures['last/fid']:.6g}")
 
 
 def measure_curves(rows: list[dict[str, Any]], path: Path, *, title: str = "") -> Path:

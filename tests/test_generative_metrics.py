@@ -4,7 +4,7 @@ pair."""
 import numpy as np
 import pytest
 import torch
-from scipy import linalg
+from scipy import linalg  # type: ignore[import-untyped]
 
 from foveal.generative import metrics
 from foveal.generative.metrics import (
@@ -114,7 +114,9 @@ def by_definition(real: torch.Tensor, fake: torch.Tensor, k: int) -> dict[str, f
     inside = [[near[i][j] <= of_real[i] for j in range(len(fake))] for i in range(len(real))]
     return {
         "precision": float(np.mean(np.any(inside, 0))),
-        "recall": float(np.mean([any(near[i][j] <= r for j, r in enumerate(of_fake)) for i in range(len(real))])),
+        "recall": float(
+            np.mean([any(near[i][j] <= r for j, r in enumerate(of_fake)) for i in range(len(real))])
+        ),
         "density": float(np.sum(inside) / (k * len(fake))),
         "coverage": float(np.mean(np.any(inside, 1))),
     }
@@ -130,7 +132,10 @@ def test_support_is_as_defined(k: int, monkeypatch) -> None:
 
 def test_support_tells_collapse_from_bad_pictures() -> None:
     real = normal(400, 4, 0)
-    collapsed, scattered = support(real, real[:5].repeat(60, 1) + 0.01, 3), support(real, 4 * normal(400, 4, 1), 3)
+    collapsed, scattered = (
+        support(real, real[:5].repeat(60, 1) + 0.01, 3),
+        support(real, 4 * normal(400, 4, 1), 3),
+    )
     assert collapsed["precision"] > 0.9 > 0.1 > collapsed["recall"]
     assert scattered["precision"] < 0.5 < scattered["recall"]
     assert collapsed["coverage"] < 0.1

@@ -35,7 +35,9 @@ class Model:
     name: ClassVar[str]
     Config: ClassVar[type]
     recipe: ClassVar[Callable[..., Any]]
-    """Settings known to work: `recipe(backbone, dataset, encoder, **changes) -> Config`."""
+    """Settings known to work: `recipe(dataset=..., **choices, **changes) -> Config`."""
+    recipe_choices: ClassVar[tuple[str, ...]] = ("backbone", "encoder")
+    """Fields of the Config that settings known to work depend on."""
     network: nn.Module
     resumable: ClassVar[bool] = True
     chosen_by: ClassVar[str]
