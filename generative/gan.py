@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..vision import Dataset
 from .gan_networks import Architecture, Conditional, CriticNorm, make_critic, make_generator
-from .metrics import Extractor, class_accuracy, class_shares, compare, fid, memorised
+from .metrics import Extractor, class_accuracy, class_shares, compare, fid, memorised, nearest
 from .model import Generative, Learner, Moment
 
 Loss = Literal["minimax", "non-saturating", "lsgan", "wgan", "wgan-gp", "hinge"]
@@ -386,6 +386,13 @@ class GAN(Generative):
         order = torch.randperm(len(dataset.train), generator=torch.Generator().manual_seed(0))
         real = dataset.train.images[order[: len(dataset.test)]]
         return {"fid_of_training_images": fid(self.extractor(real), self.extractor(dataset.test.images))}
+
+    def pictures(self, dataset: Dataset) -> dict[str, Tensor]:
+        """New images, and under each of ten the training image that is nearest to it."""
+        drawn = super().pictures(dataset)
+        shown = (drawn["samples"].flatten(0, 1)[:10] * self.high).round()
+        copies = dataset.train.images[nearest(shown, dataset.train.images.cpu())[1]].cpu()
+        return {**drawn, "nearest": torch.stack([shown, copies.float()]) / self.high}
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:

@@ -64,7 +64,7 @@ def cached_classifier(dataset: Dataset, device: torch.device) -> Classifier:
             return Classifier.load(path, device=str(device))
         except ValueError:  # of another version
             path.unlink()
-    say(f"extractor: training {config.backbone} on {dataset.name}, once; kept in {path}")
+    say(f"extractor: training {config.encoder or config.backbone} on {dataset.name}, once; kept in {path}")
     judge = Classifier(dataset.space, dataset.classes, config, seed=0, device=str(device)).fit(
         dataset, epochs
     )

@@ -166,7 +166,8 @@ def _trained(name: Any, parameters: Any, path: Path) -> tuple[str, Any, Any]:
         recipe = AGENTS[name].recipe(given("env_id", Options.env_id))
         return "eval/return_mean", functools.partial(Options, **AGENTS[name].run_options), recipe
     check_known("agent or model", str(name), [*AGENTS, *MODELS])
-    recipe = MODELS[name].recipe(given("backbone"), given("dataset", FitOptions.dataset), given("encoder"))
+    choices = {key: given(key) for key in MODELS[name].recipe_choices}
+    recipe = MODELS[name].recipe(dataset=given("dataset", FitOptions.dataset), **choices)
     defaults = getattr(MODELS[name], "run_options", None)
     options = defaults(given("dataset", FitOptions.dataset)) if defaults else {}
     return MODELS[name].chosen_by, functools.partial(FitOptions, **options), recipe

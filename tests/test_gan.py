@@ -421,7 +421,7 @@ def test_a_step_that_breaks_a_network_is_its_own(digits: Dataset, broken: str, m
 ])  # fmt: skip
 def test_settings_out_of_range(changes, message) -> None:
     with pytest.raises(ValueError, match=message):
-        GAN.recipe("hinge", **changes)
+        GAN.recipe(**{"loss": "hinge", **changes})
 
 
 def test_wrong_labels_and_sizes(digits: Dataset) -> None:
