@@ -132,7 +132,7 @@ class PixelModel(Generative):
     A subclass has `build_network` and `cached`.
     """
 
-    measures: ClassVar[tuple[str, ...]] = ("loss", "bits_per_dim", "grad_norm")
+    measures: tuple[str, ...] = ("loss", "bits_per_dim", "grad_norm")
     chosen_by: ClassVar[str] = "validation/log_prob"
     headline: ClassVar[str] = "test/bits_per_dim"
     run_options = staticmethod(run_options)
