@@ -10,9 +10,9 @@ binarised at 128, 10,000 of its training and 1,000 of its test images. `mnist`: 
 images drawn anew for each batch, its 10,000 test images drawn once. No image is held out for validation: the
 last weights (their average, where the settings have one) are scored, by the bound of k samples. One thread.
 
-`throughput` trains models of `digits` and `fashion` with our trainer and with a plain loop of the same network,
-loss and optimizer over torch's DataLoader of single images (0 and 2 worker processes, the faster one counts),
-in turns.
+`throughput` trains the models of `digits` and `fashion` with our trainer and with a plain loop of the same
+network, loss and optimizer over torch's DataLoader of single images (0 and 2 worker processes, the faster one
+counts), in turns.
 """
 
 import fcntl
