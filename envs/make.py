@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,8 @@ from gymnasium import spaces
 from gymnasium.envs.registration import EnvSpec
 from gymnasium.vector import AutoresetMode
 
-from .registry import EXTRAS, find_spec
+from .minatar import Games
+from .registry import EXTRAS, find_spec, make_env
 from .vector import CARTPOLE_VECTOR, Atari, Backend, CartPole, Gymnasium, VectorEnv
 
 BACKENDS = ("auto", "sync", "async", "native")
@@ -49,7 +51,8 @@ def make_vec(
     training: False for evaluation: seeds of their own, no clipped rewards, no ending at a lost life, and a
         limit of `EVALUATION_STEP_LIMIT` steps where the environment has none.
     backend: `sync` (one after the other), `async` (a process each), `native` (ALE's, CartPole's and
-        Glimpse's arrays), or `auto`: native for ALE, Glimpse and for four or more CartPoles, else sync.
+        Glimpse's arrays, MinAtar's games), or `auto`: native for ALE, Glimpse, MinAtar and for four or more
+        CartPoles, else sync.
     autoreset_mode: what Gymnasium's environment does at an ending ("NextStep", "SameStep", "Disabled"); none
         of them changes the transitions. None takes the cheapest.
     env_kwargs: handed to the environment; for ALE to AtariVectorEnv (`repeat_action_probability`, .25 by
@@ -189,10 +192,11 @@ def _make_gymnasium(
         and render_mode is None
         and kwargs.keys() <= {"sutton_barto_reward"}
     )
-    if backend == "native" and not native:
+    games = spec.namespace == "MinAtar" and mode is None
+    if backend == "native" and not (native or games):
         raise ValueError(
-            "backend: native is for ALE/* and for CartPole (no render_mode, autoreset_mode NextStep, "
-            f"env_kwargs sutton_barto_reward); it cannot make this {spec.id}"
+            "backend: native is for ALE/*, MinAtar/* (no autoreset_mode) and for CartPole (no render_mode, "
+            f"autoreset_mode NextStep, env_kwargs sutton_barto_reward); it cannot make this {spec.id}"
         )
     if native and (backend == "native" or (backend == "auto" and num_envs >= CARTPOLE_NATIVE_FROM)):
         return CartPole(spec, num_envs, kwargs, limit)
@@ -200,6 +204,9 @@ def _make_gymnasium(
         kwargs = {**kwargs, "render_mode": render_mode}
     mode = mode or AutoresetMode.DISABLED
     try:
+        if games and backend in ("auto", "native"):
+            envs = [make_env(spec, None, kwargs, os.getpid()) for _ in range(num_envs)]
+            return Games(envs[0], [env.unwrapped.game for env in envs], limit)  # type: ignore[attr-defined]
         made = Gymnasium(spec, num_envs, kwargs, limit, mode, parallel=backend == "async")
     except Exception as error:
         raise _explained(error, spec, kwargs) from error

@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 from gymnasium import spaces
-from vector_runs import assert_as_expected, assert_resumes, draw_actions, expected, record
+from vector_runs import assert_as_expected, assert_resumes, draw_actions, expected, record, same
 
 from foveal.envs import list_env_ids, make_vec
 from foveal.envs.minatar import PALETTE
@@ -51,6 +51,17 @@ def test_transitions_are_those_of_the_game(game, version):
     assert steps[0].shape == (2, *space.shape)
     assert steps[0].dtype == np.uint8
     assert game == "Freeway" or any(step.reset.any() for step in steps[1:])
+
+
+@pytest.mark.parametrize("limit", [None, 7])
+def test_native_games_are_those_in_gymnasiums_vector(limit):
+    runs = []
+    for backend in ("native", "sync"):
+        env = make_vec("MinAtar/Asterix-v1", 3, 9, backend=backend, max_episode_steps=limit)
+        runs.append(record(env, draw_actions(env, 200)))
+    assert same(*runs)
+    assert any(step.truncated.any() for step in runs[0][1:]) == (limit is not None)
+    assert any(step.terminated.any() for step in runs[0][1:]) == (limit is None)
 
 
 def test_the_sticky_action_of_the_last_episode_is_forgotten():
