@@ -144,7 +144,7 @@ function improvement(ours, theirs, count = 4000) {
 
 function lowerIsBetter(score) {
   if (score === DATA.score) return DATA.lower;
-  return /(^|[/_ ])(error|loss|bpd|nats|fid|nll|perplexity|bits_per_dim)($|[/_ ])/.test(score);
+  return /(^|[/_ ])(error|squared_error|loss|bpd|nats|fid|nll|perplexity|bits_per_dim)($|[/_ ])/.test(score);
 }
 
 function choose(n, k) { let c = 1; for (let i = 1; i <= k; i++) c = c * (n - k + i) / i; return c; }
@@ -152,7 +152,7 @@ function choose(n, k) { let c = 1; for (let i = 1; i <= k; i++) c = c * (n - k +
 function number(v, digits = 4) {
   if (v == null || !Number.isFinite(v)) return "–";
   const size = Math.abs(v);
-  if (size >= 1e6) return v.toExponential(2);
+  if (size >= 1e12) return v.toExponential(2);
   return v.toLocaleString("en-US", { maximumFractionDigits: Math.max(0, Math.min(6, digits - 1 - Math.floor(Math.log10(size || 1)))) });
 }
 
@@ -229,8 +229,10 @@ function prune(parent, names) {
 
 async function drawCurves(tasks) {
   const xs = await axisColumns(state.axis), ys = await metricColumns(state.metric), ended = [];
+  let crowded = false;
   for (const [task, labels] of tasks) {
     const traces = [];
+    crowded = [...labels.values()].flat().length > 30; // only means: lines of single seeds would hide them
     for (const [label, runs] of labels) {
       const curves = runs.map(i => series(i, xs, ys)).filter(c => c.x.length), hue = color(label);
       if (!curves.length) continue;
@@ -239,7 +241,7 @@ async function drawCurves(tasks) {
         traces.push({ x: m.x, y: m.low, mode: "lines", line: { width: 0 }, hoverinfo: "skip" });
         traces.push({ x: m.x, y: m.high, mode: "lines", line: { width: 0 }, fill: "tonexty", fillcolor: shade(hue, .16), hoverinfo: "skip" });
       }
-      if (m.n > 1) for (const c of curves) {
+      if (m.n > 1 && !crowded) for (const c of curves) {
         traces.push({ x: c.x, y: c.y, mode: "lines", line: { color: hue, width: 1 }, opacity: .4, name: RUNS[c.index].name, hovertemplate: `${escapeHtml(RUNS[c.index].name)}: %{y:.5~g}<extra></extra>` });
       }
       const text = m.n > 1 ? m.x.map((_, i) => `${number(m.low[i])} to ${number(m.high[i])}, ${m.n} seeds`) : m.x.map(() => "one seed");
@@ -250,13 +252,13 @@ async function drawCurves(tasks) {
     await draw($("curves"), task, traces, { title: heading(task), xaxis: { title: { text: DATA.axis_texts[state.axis] ?? state.axis }, tickformat: "~s", rangemode: "tozero" }, yaxis: { title: { text: state.metric } } });
   }
   prune($("curves"), [...tasks.keys()]);
-  $("curves-note").textContent = `Thick: ${state.statistic === "iqm" ? "interquartile mean" : "mean"} over seeds, with its 95 % bootstrap interval; thin: each seed, at the steps that were recorded.`
+  $("curves-note").textContent = `Thick: ${state.statistic === "iqm" ? "interquartile mean" : "mean"} over seeds, with its 95 % bootstrap interval${crowded ? "" : "; thin: each seed, at the steps that were recorded"}.`
     + (state.smoothing ? ` Smoothed by ${state.smoothing}: values are not those recorded.` : "")
     + (ended.length ? ` A mean ends where its shortest run does: ${ended.join(", ")}.` : "");
 }
 
 function baseline(task) {
-  const values = RUNS.filter(run => run.task === task).flatMap(run => Object.entries(run.summary).filter(([k]) => k.startsWith("baseline/")).map(([, v]) => v));
+  const values = RUNS.filter(run => run.task === task).map(run => run.summary[DATA.baselines[state.score]]).filter(v => v != null);
   return values.length ? mean(values) : null;
 }
 
@@ -272,7 +274,7 @@ async function drawScores(tasks) {
           hovertemplate: `<b>${escapeHtml(short(label))}</b>: ${number(m)} (${number(low)} to ${number(high)})<extra></extra>` },
       ];
     });
-    const shapes = base == null || !(state.score === DATA.score) ? [] : [{ type: "line", x0: base, x1: base, yref: "paper", y0: 0, y1: 1, line: { color: css("--soft"), dash: "dot", width: 1.5 } }];
+    const shapes = base == null ? [] : [{ type: "line", x0: base, x1: base, yref: "paper", y0: 0, y1: 1, line: { color: css("--soft"), dash: "dot", width: 1.5 } }];
     const annotations = shapes.map(() => ({ x: base, yref: "paper", y: 1, yanchor: "bottom", text: "baseline", showarrow: false, font: { size: 12, color: css("--soft") } }));
     await draw($("scores"), task, traces, { title: heading(task), shapes, annotations, height: 120 + 42 * Math.max(2, scores.length), margin: { l: 20, r: 20, t: 46, b: 44 },
       xaxis: { title: { text: state.score } }, yaxis: { tickvals: names.map((_, i) => i), ticktext: names, range: [-.6, names.length - .4], showgrid: false, zeroline: false } });
@@ -309,7 +311,7 @@ async function drawProfile(tasks) {
   const lower = lowerIsBetter(state.score), thresholds = Array.from({ length: 61 }, (_, i) => i / 50 - .1), next = random();
   const scales = byTask.map(([task, scores]) => {
     const all = [...scores.values()].flat(), means = [...scores.values()].map(mean);
-    const zero = (state.score === DATA.score ? baseline(task) : null) ?? (lower ? Math.max(...all) : Math.min(...all)), one = lower ? Math.min(...means) : Math.max(...means);
+    const zero = baseline(task) ?? (lower ? Math.max(...all) : Math.min(...all)), one = lower ? Math.min(...means) : Math.max(...means);
     return v => (v - zero) / (one - zero || 1);
   });
   const traces = common.flatMap(label => {
@@ -317,9 +319,12 @@ async function drawProfile(tasks) {
     const share = sets => thresholds.map(x => mean(sets.map(set => mean(set.map(v => +(v > x))))));
     const draws = Array.from({ length: 500 }, () => share(values.map(set => set.map(() => set[Math.floor(next() * set.length)]))));
     const bounds = thresholds.map((_, i) => interval(draws.map(d => d[i])));
-    return [
+    const band = common.length > 6 ? [] : [
       { x: thresholds, y: bounds.map(b => b[0]), mode: "lines", line: { width: 0, shape: "hv" }, hoverinfo: "skip" },
       { x: thresholds, y: bounds.map(b => b[1]), mode: "lines", line: { width: 0, shape: "hv" }, fill: "tonexty", fillcolor: shade(color(label), .14), hoverinfo: "skip" },
+    ];
+    return [
+      ...band,
       { x: thresholds, y: share(values), mode: "lines", name: label, line: { color: color(label), width: 2.6, shape: "hv" }, hovertemplate: `<b>${escapeHtml(short(label))}</b>: %{y:.0%} of runs score more than %{x:.2f}<extra></extra>` },
     ];
   });
@@ -361,6 +366,15 @@ async function drawParallel() {
     return { label: key, values: v.map(Math.log10), tickvals: ticks, ticktext: ticks.map(e => `1e${e}`) };
   });
   await draw($("parallel"), "parallel", [{ type: "parcoords", line: { color: scores, colorscale: "Viridis", reversescale: lowerIsBetter(state.score), showscale: true }, dimensions: [...dimensions, { label: state.score, values: scores }] }], { margin: { l: 70, r: 40, t: 46, b: 24 } });
+}
+
+async function drawImportance() {
+  $("importance-card").hidden = !DATA.sweeps.length;
+  for (const { group, metric, importance } of DATA.sweeps) {
+    const rows = Object.entries(importance).sort((a, b) => a[1] - b[1]);
+    await draw($("importance"), group, [{ type: "bar", orientation: "h", x: rows.map(r => r[1]), y: rows.map((_, i) => i), marker: { color: shade(css("--accent"), .7) }, width: .55, hovertemplate: "%{x:.0%}<extra></extra>" }],
+      { title: heading(`${group}: ${metric}`), height: 100 + 30 * rows.length, margin: { l: 20, r: 20, t: 36, b: 30 }, xaxis: { tickformat: ".0%", rangemode: "tozero" }, yaxis: { tickvals: rows.map((_, i) => i), ticktext: rows.map(r => escapeHtml(r[0])), range: [-.6, rows.length - .4], showgrid: false, zeroline: false } });
+  }
 }
 
 // ---- text and tables ----
@@ -442,6 +456,7 @@ function render() { // one after another: a metric may still be unpacking
     await drawProfile(tasks);
     await drawSpeed();
     await drawParallel();
+    await drawImportance();
     drawSettings();
     drawMedia();
     drawRuns();

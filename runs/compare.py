@@ -28,14 +28,25 @@ from .statistics import (
     stratified_ci,
 )
 
-SCORES = ("eval/return_mean", "test/error", "test/bits_per_dim", "test/nats", "test/fid")
+SCORES = (
+    "eval/return_mean", "test/error", "test/bits_per_dim", "test/nats", "test/fid", "test/squared_error",
+)  # fmt: skip
 """Final scores of summary.json, in the order in which they are looked for."""
+BASELINES = {
+    "eval/return_mean": "baseline/random_policy",
+    "last/return_mean": "baseline/random_policy",
+    "test/error": "baseline/commonest_class",
+    "test/bits_per_dim": "baseline/independent_pixels",
+    "test/nats": "baseline/independent_pixels_nats",
+    "test/squared_error": "baseline/mean_image",
+}
+"""What a trivial method gets, of each score that has one."""
 CURVES = (
     "eval/return_mean", "test/error", "test/bits_per_dim", "test/nats", "test/fid",
     "validation/accuracy", "validation/error", "validation/bits_per_dim", "validation/nats",
-    "validation/loss", "train/return_mean", "train/loss",
+    "validation/elbo", "validation/loss", "train/return_mean", "train/loss",
 )  # fmt: skip
-LOWER = ("error", "loss", "bits_per_dim", "bpd", "nats", "fid", "nll", "perplexity")
+LOWER = ("error", "squared_error", "loss", "bits_per_dim", "bpd", "nats", "fid", "nll", "perplexity")
 """A metric with one of these as a word of its name is better when it is lower."""
 FEW = 5
 """Fewer seeds than this say little about a mean's uncertainty: the bootstrap's intervals are too narrow."""
@@ -143,8 +154,8 @@ def compare(given: Compare) -> int:
     for path, reason in found.damaged:
         print(f"skipped: {path}: {reason}", file=sys.stderr)
     if found.damaged:
-        print(f"skipped {len(found.damaged)} damaged of {len(found.runs)} + {len(found.damaged)} runs",
-              file=sys.stderr)  # fmt: skip
+        counted = f"{len(found.damaged)} run{'s' * (len(found.damaged) > 1)}"
+        print(f"skipped {counted}, compared {len(found.runs)}", file=sys.stderr)
     figure = draw_curves(
         {task: found.curves(task) for task in found.tasks()},
         statistic=STATISTICS[found.statistic],
@@ -375,13 +386,8 @@ def normalised(found: Comparison) -> dict[str, list[np.ndarray]]:
     result: dict[str, list[np.ndarray]] = {name: [] for name in names}
     for task in tasks:
         everything = np.concatenate(list(scores[task].values()))
-        base = [
-            value
-            for run in found.runs
-            if run.task == task
-            for key, value in run.summary.items()
-            if key.startswith("baseline/")
-        ]
+        key = BASELINES.get(found.score)
+        base = [run.summary[key] for run in found.runs if run.task == task and key in run.summary]
         zero = float(np.mean(base)) if base else (everything.max() if found.lower else everything.min())
         one = (min if found.lower else max)(float(values.mean()) for values in scores[task].values())
         for name in names:

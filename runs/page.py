@@ -12,6 +12,7 @@ import base64
 import gzip
 import json
 import math
+import re
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
@@ -21,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from .compare import AXIS_TEXTS, CURVES, FEW, SCORES, Comparison
+from .compare import AXIS_TEXTS, BASELINES, CURVES, FEW, SCORES, Comparison
 from .history import FILMS, UNIMPORTANT, History, label, text_of
 
 COLORS = (
@@ -29,8 +30,8 @@ COLORS = (
     "#c2739a",
 )  # fmt: skip
 """Of the labels, in their order: told apart on white and on black."""
-REDUNDANT = ("learning_curve", "training_curves")
-"""Pictures of what the page draws itself."""
+REDUNDANT = re.compile(r"learning_curve|training_curves|.*-epoch\d+")
+"""Pictures of what the page draws itself, and of what came before the last one."""
 MOST_PICTURES = 3_000_000
 """Bytes of films and pictures, as text in the page."""
 TYPES = {".jpg": "jpeg"}
@@ -90,6 +91,7 @@ def describe(found: Comparison) -> dict[str, Any]:
         groupings["agent and settings"] = label(runs)
     groupings |= {key: [text_of(run.fields.get(key)) for run in runs] for key in keep}
     agents = ", ".join(dict.fromkeys(found.labels))
+    shown = ("commit", "torch", "parameters")
     return {
         "title": f"{agents if len(agents) < 60 else f'{len(set(found.labels))} kinds of runs'}",
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -99,13 +101,15 @@ def describe(found: Comparison) -> dict[str, Any]:
         "score": found.score,
         "lower": found.lower,
         "scores": score_names(found),
+        "baselines": BASELINES,
         "metric": found.metric,
         "axis": found.axis,
         "axis_texts": AXIS_TEXTS,
         "statistic": found.statistic,
         "tasks": found.tasks(),
         "groupings": groupings,
-        "settings": [key for key in keep if key not in UNIMPORTANT - {"commit", "torch", "parameters"}],
+        "settings": [key for key in keep if key in shown or key not in UNIMPORTANT | {"agent", "env_id"}],
+        "sweeps": sweeps(runs),
         "damaged": [[str(path), reason] for path, reason in found.damaged],
         "axes": {},
         "metrics": {},
@@ -126,6 +130,24 @@ def describe(found: Comparison) -> dict[str, Any]:
             for run in runs
         ],
     }
+
+
+def sweeps(runs: Sequence[History]) -> list[dict[str, Any]]:
+    """The sweeps that runs belong to: how much of the metric each setting explains, where that was told."""
+    found = []
+    for folder in dict.fromkeys(run.path.parent for run in runs):
+        if not (folder / "sweep.json").exists():
+            continue
+        from .sweep import read_trials  # brings torch, seconds of import: only where there is a sweep
+
+        try:
+            trials = read_trials(folder)
+        except ValueError:  # of the sweep only: its runs are whole
+            continue
+        if trials and trials.get("importance"):
+            metric = trials["sweep"].get("metric", "the metric")
+            found.append({"group": folder.name, "metric": metric, "importance": trials["importance"]})
+    return found
 
 
 def fields_of(runs: Sequence[History]) -> list[str]:
@@ -199,7 +221,7 @@ def pictures(
         (index, file)
         for index in chosen.values()
         for file in found.runs[index].media
-        if file.stem not in REDUNDANT
+        if not REDUNDANT.fullmatch(file.stem)
     ]
     files.sort(key=lambda item: item[1].suffix.lower() not in FILMS)  # films first: there is one of each run
     used = 0

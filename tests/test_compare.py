@@ -181,7 +181,7 @@ def test_damaged_folders_are_skipped_named_and_counted(results, tmp_path, capsys
     err = capsys.readouterr().err
     assert f"skipped: {broken}: {broken}/config.json is damaged" in err
     assert f"skipped: {empty}: {empty} has no rows yet" in err
-    assert "skipped 2 damaged" in err
+    assert "skipped 2 runs, compared 10\n" in err
     runs, _ = load([copy])
     assert sorted(len(run.table["env_step"]) for run in runs) == [9] + [10] * 9
 
