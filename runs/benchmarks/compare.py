@@ -68,7 +68,7 @@ def make_runs(results: Path, runs: int, rows: int) -> None:
         run.finish("finished")
 
 
-def read_speed(folder: Path, rows: int = 20_000) -> dict[str, float]:
+def read_speed(folder: Path, rows: int = 20_000) -> dict[str, int]:
     """Records and rows a CPU second of `read_run`, from files that W&B wrote: rows of 5 and of 20 numbers."""
     import wandb
 
