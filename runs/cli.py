@@ -249,6 +249,8 @@ class Evaluate:
     """A VAE's: samples for each image in the bound on the likelihood; None for its own number."""
     extractor: str | None = None
     """A GAN's: another extractor than the run's; see `foveal train gan --help`."""
+    novelty: Path | None = None
+    """An agent's: the run of a pixelcnn or pixelrnn, which says how novel the observations are to it."""
     json: bool = False
     """Print one JSON object instead of text."""
     video: Path | None = None
@@ -271,12 +273,24 @@ def evaluate_command(arguments: list[str]) -> int:
     from .video import record
 
     agent = load(given.run, device=given.device)
+    novelty = None
+    if given.novelty is not None:
+        from .novelty import Novelty
+
+        novelty = Novelty(given.novelty, agent.observation_space, given.device)
     if given.video is not None:  # first, so that a name that cannot be written is told before the long part
         film = record(agent, given.video, seed=given.seed, deterministic=given.deterministic)
         print(f"video: {film}", file=sys.stderr if given.json else sys.stdout)
     result = evaluate(
-        agent, given.episodes, seed=given.seed, num_envs=given.num_envs, deterministic=given.deterministic
+        agent,
+        given.episodes,
+        seed=given.seed,
+        num_envs=given.num_envs,
+        deterministic=given.deterministic,
+        watch=None if novelty is None else novelty.see,
     )
+    if novelty is not None:
+        result |= novelty.figures(given.episodes)
     about = {"agent": agent.name, "env_id": agent.env_spec()["env_id"], "env_step": agent.env_step}
     ours = getattr(agent.config, "exploration_final", None)
     epsilon = getattr(agent.config, "exploration_final_eps", ours)
@@ -287,6 +301,8 @@ def evaluate_command(arguments: list[str]) -> int:
     else:
         print(f"{about['agent']} on {about['env_id']}, weights of step {about['env_step']:,}")
         print(f"score: {score_text(result)} of the mean), mean length {result['eval/length_mean']:.1f}")
+        if novelty is not None:
+            print(f"novelty: {novelty.text(result)}")
     return 0
 
 

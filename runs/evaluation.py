@@ -54,6 +54,7 @@ def evaluate(
     deterministic: bool = True,
     env_kwargs: Mapping[str, Any] | None = None,
     max_episode_steps: int | None = None,
+    watch: Callable[[Any, np.ndarray], None] | None = None,
 ) -> dict[str, Any]:
     """Play exactly `episodes` episodes with `agent` and summarize their scores.
 
@@ -75,6 +76,7 @@ def evaluate(
         deterministic: the greedy policy.
         env_kwargs: replaces single arguments of the environment, e.g. {"repeat_action_probability": 0.0}.
         max_episode_steps: another step limit than in training.
+        watch: called with the observations that are acted on, and which of them begin an episode.
 
     Returns:
         "eval/return_mean", "eval/return_std" (over episodes, ddof 0), "eval/return_ci95" ([low, high], the
@@ -92,6 +94,8 @@ def evaluate(
         spec["max_episode_steps"] = max_episode_steps
 
     def act(obs: Any, state: Any, episode_start: np.ndarray) -> tuple[np.ndarray, Any]:
+        if watch is not None:
+            watch(obs, episode_start)
         return agent.predict(obs, state=state, episode_start=episode_start, deterministic=deterministic)
 
     returns, lengths = play(spec, lambda env: act, episodes, seed=seed, num_envs=num_envs)
@@ -156,6 +160,11 @@ def validation_seed(seed: int) -> int:
     return int(np.random.SeedSequence(entropy=seed, spawn_key=(2,)).generate_state(1)[0] >> 1)
 
 
+def quotas(episodes: int, num_envs: int) -> list[int]:
+    """How many episodes of each environment count, its first ones."""
+    return [episodes // num_envs + (i < episodes % num_envs) for i in range(num_envs)]
+
+
 def play(
     spec: dict[str, Any],
     policy: Callable[[VectorEnv], Act],
@@ -174,7 +183,7 @@ def play(
     if seed is not None:
         spec["seed"] = seed
     # Which episodes count is settled before the first step: this many of environment i, its first ones.
-    quota = [episodes // count + (i < episodes % count) for i in range(count)]
+    quota = quotas(episodes, count)
     finished: list[list[tuple[float, int]]] = [[] for _ in range(count)]
     with closing(make_vec(**spec)) as env:
         act = policy(env)

@@ -28,15 +28,20 @@ def image_grid(images: Tensor, path: Path, side: int = 64, gap: int = 2) -> Path
     Three channels are red, green and blue, one is grey; of any other number each channel has a colour of its
     own, and of several on one pixel the last is seen (MinAtar's planes).
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    from PIL import Image
+
+    Image.fromarray(grid_pixels(images, side, gap)).save(path)
+    return path
+
+
+def grid_pixels(images: Tensor, side: int = 64, gap: int = 2) -> np.ndarray:
+    """What `image_grid` writes: (H, W, 3) uint8."""
     columns = images.shape[1]
     pixels = np.rint(255 * to_rgb(images.flatten(0, 1).float().cpu().numpy())).astype(np.uint8)
     scale = max(1, round(side / max(pixels.shape[1:3])))
     enlarged = pixels.repeat(scale, 1).repeat(scale, 2)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    from PIL import Image
-
-    Image.fromarray(grid(list(enlarged), columns=columns, gap=gap)).save(path)
-    return path
+    return grid(list(enlarged), columns=columns, gap=gap)
 
 
 def to_rgb(images: np.ndarray) -> np.ndarray:

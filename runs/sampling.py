@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import torch
 import tyro
 from torch import Tensor
 
 from ..generative.latent import class_sum, line, traverse
+from ..generative.pixelcnn import PixelModel
 from ..vision import Dataset
 from .fit import load_generative, load_run
-from .generate import image_grid
+from .generate import grid_pixels, image_grid
 from .lifecycle import say
+from .video import write_mp4
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,10 @@ class Sample:
     same after the other means were taken off and added."""
     label: str | None = None
     """Of a conditional model: the class to make images of (its name or number); by default all in turn."""
+    temperature: float = 1.0
+    """Of pixel by pixel models: below 1 for likelier images, above for more varied ones."""
+    video: Path | None = None
+    """Of pixel by pixel models: film the drawing to this mp4."""
     seed: int = 0
     """Of the noise."""
     columns: int | None = None
@@ -62,6 +71,10 @@ class Sample:
             raise ValueError(f"n must be 1 or more, got {self.n}")
         if self.columns is not None and self.columns < 1:
             raise ValueError(f"columns must be 1 or more, got {self.columns}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be greater than 0, got {self.temperature}")
+        if self.video is not None and self.video.suffix != ".mp4":
+            raise ValueError(f"video must end in .mp4, got {self.video}")
         if self.interpolate + self.traverse + (self.arithmetic is not None) > 1:
             raise ValueError("interpolate, traverse and arithmetic exclude each other")
         if self.walks and self.columns is not None and self.columns < 2:
@@ -80,6 +93,11 @@ def sample(given: Sample) -> int:
         raise ValueError(f"label: this {model.name} was trained without labels (--conditional)")
     else:
         number = None
+    if not isinstance(model, PixelModel) and (given.video or given.temperature != 1):
+        what = "video" if given.video else "temperature"
+        raise ValueError(f"{what}: a model of the kind {model.name} does not draw pixel by pixel")
+    if given.video is not None and not given.video.absolute().parent.is_dir():
+        raise ValueError(f"video: there is no folder {given.video.parent}")
     if given.arithmetic is not None:
         what, images = "arithmetic", arithmetic(model, given)
     elif given.walks:
@@ -105,12 +123,56 @@ def draws(model: Any, given: Sample, number: int | None) -> Tensor:
         labels = torch.full_like(labels, number)
     if given.mean and hasattr(model, "decode"):
         z = torch.randn(given.n, model.latent_dim, device=model.device, generator=generator)
-        images = model.decode(z, labels)
-    else:
-        images = model.sample(given.n, generator, labels).float() / model.high
+        return in_rows(model.decode(z, labels), given)
+    if not isinstance(model, PixelModel):
+        return in_rows(model.sample(given.n, generator, labels).float() / model.high, given)
+    with film(given.video, model, given) if given.video else nullcontext() as each:
+        images = model.sample(given.n, generator, labels, temperature=given.temperature, each=each)
+    return in_rows(images.float() / model.high, given)
+
+
+def in_rows(images: Tensor, given: Sample, blank: float = 1.0) -> Tensor:
+    """Images (n, C, H, W) -> (rows, columns, C, H, W), with blank ones at the end."""
     columns = given.columns or min(given.n, math.ceil(math.sqrt(given.n)))
-    blank = torch.ones(-given.n % columns, *images.shape[1:], device=images.device)
-    return torch.cat([images, blank]).unflatten(0, (-1, columns))
+    rest = torch.full((-given.n % columns, *images.shape[1:]), blank, device=images.device)
+    return torch.cat([images, rest]).unflatten(0, (-1, columns))
+
+
+@contextmanager
+def film(path: Path, model: PixelModel, given: Sample) -> Iterator[Callable[[int, int, Tensor], None]]:
+    """A function that sees each pixel drawn; at the end an mp4 of about ten seconds is written of it.
+
+    What is not yet drawn is grey. The file appears whole or not at all.
+    """
+    _, height, width = model.space.shape
+    every, frames = max(1, height * width // 300), []
+
+    def each(r: int, c: int, images: Tensor) -> None:
+        done = r * width + c + 1
+        if done % every == 0 or done == height * width:
+            shown = images.float() / model.high
+            shown.flatten(2)[:, :, done:] = UNDRAWN
+            frames.append(grid_pixels(in_rows(shown, given, UNDRAWN)))
+
+    yield each
+    still = [frames[-1]] * 60
+    beside = path.with_name(f".{path.stem}.tmp.mp4")  # ffmpeg takes the format from the ending
+    try:
+        write_mp4(beside, (even(frame) for frame in (*frames, *still)), fps=30)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    say(f"video: {path}")
+
+
+UNDRAWN = 0.3
+"""Grey of pixels to come."""
+
+
+def even(picture: np.ndarray) -> np.ndarray:
+    """A picture (H, W, 3) with a row and a column more where a side is odd."""
+    high, wide = picture.shape[0] % 2, picture.shape[1] % 2
+    return np.pad(picture, ((0, high), (0, wide), (0, 0)), mode="edge")
 
 
 def walk(model: Any, given: Sample, number: int | None) -> Tensor:
