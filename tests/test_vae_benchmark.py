@@ -51,6 +51,8 @@ def test_finished_cells_are_skipped(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "train_cell", record)
     out = tmp_path / "vae.json"
     append(out, cell("digits", 1, 17.0))
+    speed = {"images_per_s": {"ours": 2}, "ratio": 1.0, "ratio_ci95": [1.0, 1.0]}
+    append(out, {"task": "throughput-digits", "seed": 0, **speed})
     monkeypatch.setattr("sys.argv", ["vae", "--tasks", "digits", "--seeds", "3", "--out", str(out)])
     assert benchmark.main() == 0
     assert trained == [("digits", 0), ("digits", 2)]

@@ -78,7 +78,7 @@ def main() -> int:
     for seed in range(given.first_seed, given.first_seed + given.seeds):
         for name, task in TASKS.items():
             if name in given.tasks and not any(
-                (cell["task"], cell["seed"], cell["epochs"]) == (name, seed, task.epochs)
+                (cell["task"], cell["seed"], cell.get("epochs")) == (name, seed, task.epochs)
                 for cell in read(given.out)
             ):
                 append(given.out, train_cell(name, seed, given.data_dir))
