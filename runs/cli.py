@@ -31,6 +31,7 @@ usage: foveal COMMAND ...
   collect        write what an agent, or a random policy, sees to a dataset of images
   explain RUN    show what a trained network looks at
   compare RUNS   curves, scores and intervals of many runs, as a page, figures, CSV and a table
+  bench SUITE    run a benchmark suite; make the README's tables from what was measured
   list           agents, models, encoders, backbones, environments, and the runs of a results folder
 
 `foveal COMMAND --help` says more. Nothing needs an account or a network.
@@ -49,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         "collect": collect_command,
         "explain": explain_command,
         "compare": compare_command,
+        "bench": bench_command,
         "list": list_command,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -355,6 +357,12 @@ def compare_command(arguments: list[str]) -> int:
     from .compare import Compare, compare
 
     return compare(_parse(Compare, "foveal compare", arguments))
+
+
+def bench_command(arguments: list[str]) -> int:
+    from .bench import Bench, bench
+
+    return bench(_parse(Bench, "foveal bench", arguments))
 
 
 @dataclass(frozen=True)
