@@ -361,6 +361,9 @@ def test_list_runs_names_damaged_folders(tmp_path):
         "epoch": None,
         "score": 490.5,
         "test_error": None,
+        "fid": None,
+        "bits_per_dim": None,
+        "nats": None,
         "wall_s": 12.0,
     }
 
