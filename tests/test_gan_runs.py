@@ -16,6 +16,7 @@ from PIL import Image
 
 from foveal.generative import GAN
 from foveal.runs import extractor
+from foveal.runs.benchmarks import gan as benchmark
 from foveal.runs.cli import main
 from foveal.vision import Classifier, ClassifierConfig, load_dataset
 
@@ -163,3 +164,25 @@ def test_a_killed_run_goes_on_bit_for_bit(judge: str) -> None:
         assert (ends[0] / file).read_bytes() == (ends[1] / file).read_bytes()
     best = [(run / "checkpoints" / "best" / "weights.safetensors").read_bytes() for run in (whole, killed)]
     assert best[0] == best[1]
+
+
+def test_the_benchmark_measures_a_cell_once(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(extractor, "recipe", lambda dataset: (SMALL, 1.0))
+    monkeypatch.setattr(sys, "argv", [
+        *("gan", "--datasets", "digits", "--variants", "hinge + SN, projection", "--seeds", "1"),
+        *("--epochs", "0.1", "--out", "gan.json"),
+    ])  # fmt: skip
+    assert benchmark.main() == 0
+    results = json.loads(Path("gan.json").read_text())
+    (cell,) = results["cells"]
+    assert cell["config"]["conditional"] == "projection"
+    assert cell["images"] == [360, 360]
+    assert cell["last"]["grad_step"] == 2
+    assert 0 <= cell["best"]["class_accuracy"] <= 1
+    assert results["versions"]["torch"]
+    assert benchmark.main() == 0
+    assert json.loads(Path("gan.json").read_text()) == results
+    assert len(list(Path().glob("results/*/*"))) == 1
+    table = benchmark.report(results["cells"]).splitlines()
+    assert [line.count("|") for line in table] == [13] * 5
+    assert f"| {cell['last']['fid']:.2f} |" in table[3]
