@@ -319,6 +319,21 @@ def test_diversity_of_one_image_is_0_and_of_the_same_images_1() -> None:
     assert diversity(0.5 * images, images).item() == pytest.approx(0.5)
 
 
+def test_one_image_a_class_is_no_diversity(digits: Dataset, monkeypatch) -> None:
+    def logged(conditional: gan.Conditional | None) -> float:
+        model = made(digits, conditional=conditional, batch_size=80)
+
+        def step(real: Tensor, labels: Tensor, rate: float) -> tuple[list[Tensor], Tensor]:
+            return [torch.zeros(())] * 3, torch.randn(10, 1, 8, 8, generator=generator)[labels]
+
+        generator = torch.Generator().manual_seed(0)
+        monkeypatch.setattr(model, "critic_step", step)
+        return next(model.training(digits, 1))["train/diversity"]
+
+    assert logged("projection") < 0.4
+    assert logged(None) > 1
+
+
 def test_samples_come_from_the_averaged_generator(digits: Dataset) -> None:
     plain, averaged = made(digits, ema=0.0).fit(digits, 4), made(digits, ema=0.999).fit(digits, 4)
     z = torch.randn(4, 8)
