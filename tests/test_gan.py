@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from foveal.agents import load_checkpoint, newest_first, save_checkpoint
 from foveal.generative import GAN, gan
 from foveal.generative.gan import LOSSES, GANConfig, diversity, gradient_penalty
-from foveal.generative.gan_networks import CriticBlock, GeneratorBlock, doublings, make_critic, make_generator
+from foveal.generative.gan_networks import (
+    Conditional,
+    CriticBlock,
+    GeneratorBlock,
+    doublings,
+    make_critic,
+    make_generator,
+)
 from foveal.vision import Dataset, load_dataset
 
 TINY = {"width": 4, "latent_size": 8, "batch_size": 16}
@@ -320,7 +327,7 @@ def test_diversity_of_one_image_is_0_and_of_the_same_images_1() -> None:
 
 
 def test_one_image_a_class_is_no_diversity(digits: Dataset, monkeypatch) -> None:
-    def logged(conditional: gan.Conditional | None) -> float:
+    def logged(conditional: Conditional | None) -> float:
         model = made(digits, conditional=conditional, batch_size=80)
 
         def step(real: Tensor, labels: Tensor, rate: float) -> tuple[list[Tensor], Tensor]:
