@@ -29,6 +29,7 @@ usage: foveal COMMAND ...
   sample RUN     make new images with a generative model
   sweep FILE     search settings: many trials of `foveal train`, several at once; goes on when stopped
   collect        write what an agent, or a random policy, sees to a dataset of images
+  sync RESULTS   send runs to Weights & Biases, whatever of them its server lacks
   explain RUN    show what a trained network looks at
   compare RUNS   curves, scores and intervals of many runs, as a page, figures, CSV and a table
   bench SUITE    run a benchmark suite; make the README's tables from what was measured
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         "sample": sample_command,
         "sweep": sweep_command,
         "collect": collect_command,
+        "sync": sync_command,
         "explain": explain_command,
         "compare": compare_command,
         "bench": bench_command,
@@ -141,6 +143,12 @@ def sweep_command(arguments: list[str]) -> int:
     from .sweep import SweepCommand, sweep
 
     return sweep(_parse(SweepCommand, "foveal sweep", arguments))
+
+
+def sync_command(arguments: list[str]) -> int:
+    from .sync import Sync, sync_command
+
+    return sync_command(_parse(Sync, "foveal sync", arguments))
 
 
 def _parse_training(

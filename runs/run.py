@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .origin import is_alive, process_of, sha256, surroundings, versions
-from .tracking import AXES, Tracker, check_track
+from .tracking import AXES, Tracker, axis_of, check_track
 
 STATES = ("running", "finished", "stopped", "failed")
 """finished: reached its end. stopped: ended early (Ctrl-C, SIGTERM, a score reached). failed: raised.
@@ -348,16 +348,6 @@ def describe_state(summary: Mapping[str, Any]) -> str | None:
     if state == "running" and process.get("host") == socket.gethostname() and not is_alive(process):
         return "killed"
     return state
-
-
-def axis_of(row: Mapping[str, Any]) -> str:
-    """The axis that a row is logged against. Raises `ValueError` if it has none, or one that is no int."""
-    for axis in AXES:
-        if axis in row:
-            if isinstance(row[axis], int) and not isinstance(row[axis], bool):
-                return axis
-            raise ValueError(f"{axis}: got {row[axis]!r}, takes an int")
-    raise ValueError(f"a row needs an axis ({', '.join(AXES)}): got {', '.join(row) or 'an empty row'}")
 
 
 def _compared(row: dict[str, Any]) -> dict[str, Any]:

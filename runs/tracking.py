@@ -11,13 +11,16 @@ import os
 import queue
 import threading
 import time
+import urllib.error
 import urllib.parse
+import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .wandb_file import has_exit, read_rows
+from .wandb_file import has_exit, is_media, read_history
 
 AXES = ("env_step", "grad_step", "epoch")
 """What a row can be logged against: steps of all environments together, gradient steps, epochs."""
@@ -27,6 +30,10 @@ QUEUE = 10_000
 
 FINISH_S = 30
 """Seconds that the end of a run may wait for W&B's process to write the end of its file."""
+SERVER_S = 10
+"""Seconds to wait for W&B's server before a run starts."""
+SEND_S = 120
+"""Seconds that the end of an online run may wait for the server to take the rest."""
 
 
 class Tracker:
@@ -39,7 +46,10 @@ class Tracker:
     """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], track: str) -> None:
-        self._rows_sent, self._media_sent = _sent(folder)
+        self._folder, self._track = folder, track
+        lines = wandb_lines(folder)
+        if track == "online":
+            _check_server()
         with contextlib.ExitStack() as stack:
             stack.enter_context(_wandb_environment(folder))
             try:
@@ -47,16 +57,23 @@ class Tracker:
             except Exception as error:
                 raise ConnectionError(f"W&B (track {track}) did not start: {error}") from error
             self._leave = stack.pop_all().close
+        # Offline, what the files hold counts as sent; online, what has reached the server.
+        there = len(lines) if track != "online" else min(len(lines), self._wandb_run.starting_step)
+        self.rows_there = sum(not is_media(line.row) for line in lines[:there])
+        self._media_sent = {key for line in lines for key in _media_keys(line.row)}
         self._declared: set[str] = set()
-        self._broken = False
+        self.broken = False
         # Of the queues, the one whose put a signal handler may interrupt and call again.
         self._queue: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="wandb-writer", daemon=True)
         self._thread.start()
+        for line in lines[there:]:
+            if is_media(line.row):
+                self._put(self._media_again, line)
 
     def log(self, index: int, axis: str, row: Mapping[str, Any]) -> None:
         """Row number `index` of metrics.jsonl."""
-        if index >= self._rows_sent:
+        if index >= self.rows_there:
             self._put(self._log, axis, row)
 
     def media(self, kind: str, key: str, path: Path, axis: Mapping[str, int]) -> None:
@@ -68,7 +85,10 @@ class Tracker:
         if (key, *next(iter(axis.items()))) not in self._media_sent:
             self._put(self._media, kind, key, path, axis)
 
-    def artifact(self, name: str, type: str, path: Path, metadata: Mapping[str, Any]) -> None:
+    def artifact(
+        self, name: str, type: str, path: Path | Mapping[str, Path], metadata: Mapping[str, Any]
+    ) -> None:
+        """A file, a folder, or files by the names that they have in the artifact."""
         self._put(self._artifact, name, type, path, metadata)
 
     def finish(self, rows: list[dict[str, Any]], summary: Mapping[str, Any], *, failed: bool) -> None:
@@ -86,7 +106,7 @@ class Tracker:
     def _write(self) -> None:
         while item := self._queue.get():
             do, *arguments = item
-            if self._broken:
+            if self.broken:
                 continue
             try:
                 do(*arguments)
@@ -95,13 +115,13 @@ class Tracker:
 
     def _failed(self, do: Callable[..., None], error: Exception) -> None:
         message = f"W&B failed: {error or type(error).__name__}. The run goes on"
-        if do in (self._media, self._artifact):
+        if do in (self._media, self._media_again, self._artifact):
             warnings.warn(f"{message}: one image, video or artifact is not in W&B", stacklevel=1)
             return
         # Rows are sent in order or not at all: a resume counts those that are there.
-        self._broken = True
-        message += " without it: metrics.jsonl has every row, and a resume sends the rest"
-        warnings.warn(message, stacklevel=1)
+        self.broken = True
+        again = f"metrics.jsonl has every row, and a resume or `foveal sync {self._folder}` sends the rest"
+        warnings.warn(f"{message} without it: {again}", stacklevel=1)
         import wandb
 
         with contextlib.suppress(Exception):
@@ -133,26 +153,52 @@ class Tracker:
         media = wandb.Image(str(path)) if kind == "image" else wandb.Video(str(path), format="mp4")
         self._log(next(iter(axis)), {**axis, key: media})
 
-    def _artifact(self, name: str, type: str, path: Path, metadata: Mapping[str, Any]) -> None:
+    def _media_again(self, line: "Line") -> None:
+        """An image or a video that an earlier file holds and the server lacks."""
+        import wandb
+
+        kinds = {"image-file": wandb.Image, "video-file": wandb.Video}
+        row = dict(line.row)
+        for key, value in line.row.items():
+            if isinstance(value, dict):
+                row[key] = kinds[value["_type"]](str(line.files / value["path"]))
+        self._log(axis_of(row), row)
+
+    def _artifact(
+        self, name: str, type: str, path: Path | Mapping[str, Path], metadata: Mapping[str, Any]
+    ) -> None:
         import wandb
 
         artifact = wandb.Artifact(name, type=type, metadata=dict(metadata))
-        files = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
-        for file in files:  # one by one, since add_dir prints
-            artifact.add_file(
-                str(file), name=file.relative_to(path if path.is_dir() else path.parent).as_posix()
-            )
+        if isinstance(path, Path):
+            files = [file for file in sorted(path.rglob("*")) if file.is_file()] if path.is_dir() else [path]
+            root = path if path.is_dir() else path.parent
+            path = {file.relative_to(root).as_posix(): file for file in files}
+        for inside, file in path.items():  # one by one, since add_dir prints
+            artifact.add_file(str(file), name=inside)
         self._wandb_run.log_artifact(artifact)
 
     def _finish(self, rows: list[dict[str, Any]], summary: Mapping[str, Any], failed: bool) -> None:
         # Left alone, the summary would be that of the rows since the last resume.
         self._wandb_run.summary.update(whole_summary(rows, summary))
         self._wandb_run.finish(exit_code=1 if failed else 0)
+        if self._track == "online":
+            return
         # That returns before W&B's process has written everything, and a resume would send the rest again.
         file = next(Path(self._wandb_run.settings.sync_dir).glob("*.wandb"))
         deadline = time.monotonic() + FINISH_S
         while not has_exit(file) and time.monotonic() < deadline:
             time.sleep(0.02)
+
+
+def axis_of(row: Mapping[str, Any]) -> str:
+    """The axis that a row is logged against. Raises `ValueError` if it has none, or one that is no int."""
+    for axis in AXES:
+        if axis in row:
+            if isinstance(row[axis], int) and not isinstance(row[axis], bool):
+                return axis
+            raise ValueError(f"{axis}: got {row[axis]!r}, takes an int")
+    raise ValueError(f"a row needs an axis ({', '.join(AXES)}): got {', '.join(row) or 'an empty row'}")
 
 
 def check_track(track: str) -> None:
@@ -187,18 +233,54 @@ def whole_summary(rows: list[dict[str, Any]], summary: Mapping[str, Any]) -> dic
     return whole
 
 
-def _sent(folder: Path) -> tuple[int, set[tuple[str, str, int]]]:
-    """How many rows of metrics.jsonl the W&B files of this folder hold, and which media (key, axis, step).
-    Rows are sent in order and only the end of a file is ever lost, so the files together hold the first of
-    them."""
-    rows = 0
-    media = set()
-    for file in sorted((folder / "wandb").glob("*run-*/*.wandb")):
-        for row in read_rows(file):
-            keys = [key for key, value in row.items() if isinstance(value, dict) and "_type" in value]
-            rows += not keys
-            media |= {(key, axis, row[axis]) for key in keys for axis in AXES if axis in row}
-    return rows, media
+@dataclass(frozen=True)
+class Line:
+    """A row or an image in W&B's files of a run, and the folder of the files that it names."""
+
+    row: dict[str, Any]
+    files: Path
+
+
+def wandb_lines(folder: Path) -> list[Line]:
+    """What the W&B files of a run folder hold, in the order that it has in W&B.
+
+    Rows are sent in order and only the end of a file is ever lost, so an offline file holds what follows on
+    the files before it. An online one begins at the step that the server had, which may be before that.
+    """
+    lines: list[Line] = []
+    for file in wandb_files(folder):
+        new = list(read_history(file))
+        if not file.parent.name.startswith("offline-") and new:
+            del lines[new[0][0] :]
+        lines += [Line(row, file.parent / "files") for _, row in new]
+    return lines
+
+
+def wandb_files(folder: Path) -> list[Path]:
+    """The W&B files of a run folder, oldest first."""
+    files = (folder / "wandb").glob("*run-*/*.wandb")
+    return sorted(files, key=lambda file: file.parent.name.removeprefix("offline-"))
+
+
+def _media_keys(row: Mapping[str, Any]) -> list[tuple[str, str, int]]:
+    """(key, axis, step) of a row's images and videos."""
+    keys = [key for key, value in row.items() if isinstance(value, dict) and "_type" in value]
+    return [(key, axis, row[axis]) for key in keys for axis in AXES if axis in row]
+
+
+def _check_server() -> None:
+    """Raises `ConnectionError` where W&B's server does not answer, which W&B itself tries for 90 seconds."""
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    try:
+        urllib.request.urlopen(url, timeout=SERVER_S).close()
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise ConnectionError(
+            f"W&B's server {url} does not answer ({reason}): nothing was sent, all rows are kept in the run "
+            "folders; train with --track offline, and send them later with `foveal sync RESULTS`"
+        ) from error
 
 
 def _init(folder: Path, config: Mapping[str, Any], track: str) -> Any:
@@ -217,6 +299,8 @@ def _init(folder: Path, config: Mapping[str, Any], track: str) -> Any:
         "disable_job_creation": True,
         "x_save_requirements": False,
     }
+    if track == "online":
+        options |= {"init_timeout": 30.0, "finish_timeout": float(SEND_S), "finish_timeout_raises": True}
     # Rows then reach the file within a second; by default, a kill loses 15. An internal setting: it may go.
     try:
         settings = wandb.Settings(**options, x_transaction_log_flush_interval=1)
@@ -250,6 +334,7 @@ def _wandb_environment(folder: Path) -> Iterator[None]:
         "WANDB_CACHE_DIR": str(folder / "wandb" / "cache"),
         "WANDB_ERROR_REPORTING": "false",
         "WANDB_DISABLE_GIT": "true",
+        "WANDB_SILENT": "true",
     }
     before = {key: os.environ.get(key) for key in wanted}
     os.environ.update(wanted)

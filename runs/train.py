@@ -326,7 +326,7 @@ def _conclude(run: Run, agent: Agent, options: Options, wall_s: float) -> None:
     say(f"run folder: {run.path}")
     quoted = shlex.quote(str(run.path))
     if run.config["run"]["track"] == "offline":
-        say(f"offline W&B run, to send once logged in: wandb sync {quoted}/wandb/offline-run-*")
+        say(f"offline W&B run, to send once logged in: foveal sync {quoted}")
     say(f"again: foveal evaluate {quoted}{imports_of(run)}")
 
 

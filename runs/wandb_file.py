@@ -108,10 +108,25 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
 
     Media come as the dict that W&B keeps for them, with a `_type`.
     """
+    for _, row in read_history(path):
+        yield row
+
+
+def read_history(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The same, with W&B's `_step` of each row: its place in the run, of an offline file its place in the
+    file."""
     for record in read_records(path):
         if record.WhichOneof("record_type") == "history":
             row = items(record.history.item)
-            yield {key: value for key, value in row.items() if not key.startswith("_")}
+            yield (
+                row.get("_step", record.history.step.num),
+                {key: value for key, value in row.items() if not key.startswith("_")},
+            )
+
+
+def is_media(row: dict[str, Any]) -> bool:
+    """Whether a row of W&B's is an image or a video at its axis, instead of a row of metrics.jsonl."""
+    return any(isinstance(value, dict) and "_type" in value for value in row.values())
 
 
 @dataclass

@@ -1,0 +1,160 @@
+"""What arrives at a W&B server, the tests' own: each row once, whatever was killed or sent twice."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from wandb_server import Server, wandb_server
+
+from foveal.runs.run import create_run, open_run
+from foveal.runs.sync import Sync, sync_command
+
+PNG = Path(__file__).parent.parent / "runs" / "benchmarks" / "measured" / "learning_curve.png"
+
+# A run that goes on to the row `last`, and then is killed, W&B's process with it, or finishes.
+TRAIN = """
+import os, signal, sys, time
+from foveal.runs.run import create_run, resume_run
+folder, last, kill = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "kill"
+if os.path.exists(os.path.join(folder, "config.json")):
+    run = resume_run(folder)
+else:
+    run = create_run(folder, group="g", name="n", config={"agent": "dqn", "env_id": "x"}, track="online")
+    print(run.path, flush=True)
+for step in range(run._rows, last):
+    run.log({"env_step": step, "grad_step": 2 * step, "train/loss": 1 / (step + 1)})
+if kill:
+    time.sleep(float(sys.argv[4]))
+    os.killpg(0, signal.SIGKILL)
+run.summarize({"eval/return_mean": 7.5, "wall_s": 1.0})
+run.finish("finished")
+"""
+SYNC = "import sys; from pathlib import Path; from foveal.runs.sync import Sync, sync_command;"
+SYNC += "sync_command(Sync(tuple(map(Path, sys.argv[1:]))))"
+
+
+@pytest.fixture
+def server():
+    with wandb_server() as server:
+        yield server
+
+
+def python(code: str, server: Server, *arguments: object) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=environment | server.environment,
+        start_new_session=True,
+    )
+
+
+def offline_run(results: Path):
+    run = create_run(results, group="g", name="n", config={"agent": "dqn", "env_id": "x"})
+    for step in range(5):
+        run.log({"env_step": step, "train/loss": 1 / (step + 1)})
+    shutil.copy(PNG, run.path / "plots" / "curve.png")
+    run.image("plots/curve", run.path / "plots" / "curve.png", env_step=4)
+    (run.path / "checkpoints" / "w.safetensors").write_bytes(b"weights")
+    run.artifact("agent", "model", run.path / "checkpoints" / "w.safetensors", {"env_step": 4})
+    run.summarize({"eval/return_mean": 3.0})
+    run.finish("stopped")
+    return run
+
+
+def declared(server: Server, run: str) -> dict[str, str]:
+    """Metrics or their family -> the metric that they are drawn against."""
+    metrics = server.runs[run]["config"]["_wandb"]["value"]["m"]
+    axes = [metric.get("1") or metric.get("2") for metric in metrics]
+    return {metric.get("1") or metric.get("2"): axes[metric["5"] - 1] for metric in metrics if "5" in metric}
+
+
+def test_an_online_run_killed_and_resumed_three_times_arrives_whole(server, tmp_path):
+    path = python(TRAIN, server, tmp_path, 10, "kill", 0.5).stdout.strip()
+    name = open_run(path).id
+    for last, wait in ((20, 0), (30, 0.5)):
+        assert python(TRAIN, server, path, last, "kill", wait).returncode == -9
+    assert len(open_run(path).rows()) == 30
+    assert len(server.runs[name]["history"]) < 30  # or nothing would show that the rest comes
+    done = python(TRAIN, server, path, 40, "finish")
+    assert (done.returncode, done.stderr) == (0, "")
+    run = server.runs[name]
+    assert server.rows(name) == open_run(path).rows()
+    assert [row["_step"] for row in run["history"].values()] == list(range(40))
+    assert run["overwritten"] == []
+    assert run["summary"]["train/loss"] == {"min": 1 / 40, "last": 1 / 40}
+    assert (
+        run["summary"]["eval/return_mean"] == {"max": 7.5, "last": 7.5} or run["summary"]["eval/return_mean"]
+    )
+    assert (run["groupName"], run["displayName"], run["jobType"]) == ("g", "n", "train")
+    assert declared(server, name) == {"train/*": "env_step", "train/loss": "env_step"}
+    assert run["config"]["env_id"]["value"] == "x"
+
+
+def test_an_offline_run_is_sent_once_wherever_its_folder_lies(server, tmp_path):
+    run = offline_run(tmp_path / "results")
+    moved = tmp_path / "moved"
+    shutil.move(tmp_path / "results", moved)
+    done = python(SYNC, server, moved)
+    assert done.stderr == ""
+    assert re.fullmatch(
+        r"sent: .*/g/n-\w+ \(5 rows that the server lacked\)\n1 runs sent, 0 were.*\n", done.stdout
+    )
+    there = server.runs[run.id]
+    assert server.rows(run.id) == open_run(moved / "g" / run.path.name).rows()
+    assert [row["_step"] for row in there["history"].values()] == list(range(6))  # with the picture
+    assert there["summary"]["eval/return_mean"] == 3.0
+    assert there["summary"]["train/loss"] == {"min": 0.2, "last": 0.2}
+    (picture,) = (data for path, data in server.files.items() if "/media/images/" in path)
+    assert picture == PNG.read_bytes()
+    (artifact,) = server.artifacts
+    assert f"agent-{run.id}" in json.dumps(artifact)
+    assert server.files["/up/a1/w.safetensors"] == b"weights"
+    assert declared(server, run.id)["train/*"] == "env_step"
+
+    before = json.dumps(server.runs), list(server.asked)
+    assert python(SYNC, server, moved / "g").stdout == "0 runs sent, 1 were there already\n"
+    mark = moved / "g" / run.path.name / "wandb" / "sent.json"
+    mark.write_text(json.dumps(json.loads(mark.read_text()) | {"rows": 0}))  # the rows only the server knows
+    assert "(0 rows that the server lacked)" in python(SYNC, server, moved / "g" / run.path.name).stdout
+    assert len(server.artifacts) == 1
+    assert server.runs[run.id]["history"] == json.loads(before[0], object_hook=int_keys)[run.id]["history"]
+    assert server.runs[run.id]["overwritten"] == []
+
+
+def int_keys(thing: dict) -> dict:
+    return {int(key) if key.isdigit() else key: value for key, value in thing.items()}
+
+
+@pytest.mark.slow
+def test_what_wandb_sync_sent_is_not_sent_again(server, tmp_path):
+    run = offline_run(tmp_path)
+    tool = "from wandb.cli.cli import cli; cli()"
+    done = python(tool, server, "sync", *run.path.glob("wandb/offline-run-*"))
+    assert done.returncode == 0, done.stderr
+    assert server.rows(run.id) == run.rows()
+    assert "(0 rows that the server lacked)" in python(SYNC, server, tmp_path).stdout
+    assert len(server.runs[run.id]["history"]) == 6
+    assert server.runs[run.id]["overwritten"] == []
+
+
+def test_a_server_that_does_not_answer(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="no runs at"):
+        sync_command(Sync((tmp_path / "no",)))
+    run = offline_run(tmp_path / "results")
+    monkeypatch.setenv("WANDB_API_KEY", 40 * "a")
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    line = r"W&B's server http://127.0.0.1:9 does not answer \(.*refused.*\): nothing was sent, all rows"
+    with pytest.raises(ConnectionError, match=line):
+        sync_command(Sync((tmp_path / "results",)))
+    assert not (run.path / "wandb" / "sent.json").exists()
+    with pytest.raises(ConnectionError, match="train with --track offline"):
+        create_run(tmp_path / "online", group="g", name="n", config={}, track="online")
+    assert not (tmp_path / "online").exists()
