@@ -344,7 +344,7 @@ async function drawSpeed() {
     await draw($("speed"), key, [
       { type: "bar", orientation: "h", x: rows.map(r => mean(r[1])), y: names.map((_, i) => i), width: .55, marker: { color: rows.map(r => shade(color(r[0]), .55)) }, hovertemplate: "%{x:,.5~g}<extra></extra>" },
       ...rows.map(([label, values], i) => ({ x: values, y: values.map(() => i), mode: "markers", marker: { color: color(label), size: 6 }, hovertemplate: "%{x:,.5~g}<extra></extra>" })),
-    ], { title: heading(SPEEDS[key]), height: 90 + 34 * names.length, margin: { l: 20, r: 20, t: 36, b: 30 }, xaxis: { rangemode: "tozero", tickformat: "~s" }, yaxis: { tickvals: names.map((_, i) => i), ticktext: names.map(escapeHtml), range: [-.6, names.length - .4], showgrid: false, zeroline: false } });
+    ], { title: heading(SPEEDS[key]), height: 90 + 34 * names.length, margin: { l: 20, r: 20, t: 36, b: 30 }, xaxis: { rangemode: "tozero", tickformat: Math.max(...rows.flatMap(r => r[1])) < 1000 ? "~g" : "~s" }, yaxis: { tickvals: names.map((_, i) => i), ticktext: names.map(escapeHtml), range: [-.6, names.length - .4], showgrid: false, zeroline: false } });
   }
   prune($("speed"), keys);
   $("speed-card").hidden = !keys.length;

@@ -307,7 +307,10 @@ def draw_curves(
             label = f"{agent}, {len(seeds)} seed{'s' * (len(seeds) != 1)}"
             if len(seeds) < 3:
                 for steps, scores in seeds:
-                    axes.plot(steps, scores, color=color, lw=1.4, ls=style, alpha=0.85, label=label)
+                    marker = "o" if len(steps) == 1 else None  # a line of one point is not seen
+                    axes.plot(
+                        steps, scores, color=color, lw=1.4, ls=style, marker=marker, alpha=0.85, label=label
+                    )
                     label = "_"  # one entry in the legend
                 continue
             steps, middle, low, high = mean_curve(seeds, statistic)
