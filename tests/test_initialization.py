@@ -1,10 +1,8 @@
 """Orthogonal first weights."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from forks import python
 from torch import nn
 
 from foveal.agents.initialization import orthogonal, orthogonal_
@@ -45,13 +43,12 @@ import hashlib, sys, torch
 from foveal.agents import PPO
 torch.set_num_threads(int(sys.argv[1]))
 agent = PPO("CartPole-v1", seed=4, device="cpu")
-print(hashlib.sha256(agent.weights.detach().numpy().tobytes()).hexdigest())
+print(torch.get_num_threads(), hashlib.sha256(agent.weights.detach().numpy().tobytes()).hexdigest())
 """
 
 
-def test_the_number_of_threads_changes_no_bit_of_the_first_weights():
-    runs = [
-        subprocess.run([sys.executable, "-c", DIGEST, threads], capture_output=True, text=True, check=True)
-        for threads in ("1", "2", "4")
-    ]
-    assert len({run.stdout for run in runs}) == 1
+def test_the_number_of_threads_changes_no_bit_of_the_first_weights(tmp_path):
+    threads = ("1", "2", "4")
+    runs = [python(DIGEST, number, cwd=tmp_path).communicate().split() for number in threads]
+    assert [run[0] for run in runs] == list(threads)
+    assert len({run[1] for run in runs}) == 1
