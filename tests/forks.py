@@ -18,6 +18,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import gc
 import importlib
 import json
 import os
@@ -166,11 +167,12 @@ def receive(connection: socket.socket) -> int:
 
 def serve(listening: socket.socket) -> int:
     """Fork at each request until the parent is gone. In a fork: what the command returns."""
+    parent = os.getppid()  # before the imports, during which it may end
     before = set(os.environ)
     for module in IMPORTS:
         importlib.import_module(module)
     imported = {name: value for name, value in os.environ.items() if name not in before}  # some set variables
-    parent = os.getppid()
+    gc.freeze()  # or each fork looks through all of it when it ends, which takes a second and more
     running: dict[int, socket.socket] = {}
     while os.getppid() == parent:
         if select.select([listening], [], [], 0.02)[0]:
