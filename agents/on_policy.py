@@ -137,20 +137,15 @@ class OnPolicyAgent(Agent):
         self.predict_rng = torch.Generator().manual_seed(int(predicting.integers(2**62)))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(weights_seed)
-            if isinstance(encoder, str):
-                if encoder == "auto":
-                    encoder = encoder_for(self.observation_space, settings.vector_encoder)
-                self.encoder_name = encoder
-                encoder = make_encoder(self.encoder_name, self.observation_space)
-                untrained = set(self.encoder_name.split("+")) <= ENCODERS.keys() | {"auto"}
-                if settings.orthogonal_init and untrained:
-                    orthogonal(encoder)
+            made = encoder if isinstance(encoder, nn.Module) else self.make_encoder(encoder)
             value_encoder = None
             if not settings.share_encoder:
-                value_encoder = copy.deepcopy(encoder)
+                # One that begins as a copy learns the same features as the policy's, and A2C then loses
+                # CartPole again and again. Weights that were given or trained before can only be copied.
+                value_encoder = copy.deepcopy(made) if made is encoder else self.make_encoder(encoder)
             self.adopt(
                 ActorCritic(
-                    encoder,
+                    made,
                     value_encoder,
                     self.observation_space,
                     self.distribution,
@@ -167,6 +162,17 @@ class OnPolicyAgent(Agent):
         self.obs: Any = None
         self.hidden = torch.zeros(self.config.num_envs, self.network.state_size, device=self.device)
         self.starts = np.ones(self.config.num_envs, np.bool_)
+
+    def make_encoder(self, name: str) -> nn.Module:
+        """A new encoder; one that was trained before keeps its weights."""
+        if name == "auto":
+            name = encoder_for(self.observation_space, self.config.vector_encoder)
+        self.encoder_name = name
+        encoder = make_encoder(name, self.observation_space)
+        untrained = set(name.split("+")) <= ENCODERS.keys() | {"auto"}
+        if self.config.orthogonal_init and untrained:
+            orthogonal(encoder)
+        return encoder
 
     def start(self) -> None:
         if self.obs is None:

@@ -26,6 +26,7 @@ from foveal.agents.returns import discounted_returns
 from foveal.envs import VectorEnv, make_vec
 from foveal.runs.cli import main
 from foveal.runs.evaluation import evaluate
+from foveal.vision import MLP
 from foveal.vision.weights import read_weights
 
 MEMORIES: list[dict[str, Any]] = [
@@ -304,6 +305,24 @@ def test_every_kind_of_space_is_learned_in(name, actions, settings, wanted):
     before = score(agent)
     agent.learn(1536 if name == "reinforce" else 1024, progress=False)
     assert score(agent) > max(wanted, before + 0.1)
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_policy_and_value_begin_with_different_features(name):
+    """Copies of one encoder, which learn alike, made A2C lose CartPole. What is given trained is kept."""
+    agent_class, config = QUICK[name]
+    network = agent_class(toy(8), config, seed=1, device="cpu").network
+    pairs = list(zip(network.encoder.parameters(), network.value_encoder.parameters()))
+    weights = [(ours, its) for ours, its in pairs if ours.ndim == 2]
+    assert weights
+    for ours, its in weights:
+        assert (ours @ its.T).abs().max() < 0.9 * (ours @ ours.T).abs().max()  # rows of others than ours
+        torch.testing.assert_close(ours.norm(), its.norm(), rtol=1e-4, atol=0)  # of one initialisation
+    given = MLP(toy(8).single_observation_space, features_dim=8, hidden=())
+    network = agent_class(toy(8), config, encoder=given, seed=1, device="cpu").network
+    for ours, its in zip(network.encoder.parameters(), network.value_encoder.parameters()):
+        assert torch.equal(ours, its)
+        assert ours is not its
 
 
 @pytest.mark.parametrize("name", QUICK)
