@@ -137,12 +137,13 @@ class OnPolicyAgent(Agent):
         self.predict_rng = torch.Generator().manual_seed(int(predicting.integers(2**62)))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(weights_seed)
-            made = encoder if isinstance(encoder, nn.Module) else self.make_encoder(encoder)
+            name = encoder if isinstance(encoder, str) else None
+            made: Any = encoder if name is None else self.make_encoder(name)
             value_encoder = None
             if not settings.share_encoder:
                 # One that begins as a copy learns the same features as the policy's, and A2C then loses
                 # CartPole again and again. Weights that were given or trained before can only be copied.
-                value_encoder = copy.deepcopy(made) if made is encoder else self.make_encoder(encoder)
+                value_encoder = copy.deepcopy(made) if name is None else self.make_encoder(name)
             self.adopt(
                 ActorCritic(
                     made,
