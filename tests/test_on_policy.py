@@ -263,7 +263,7 @@ def test_memory_solves_what_needs_it(name, settings, memory):
     agent_class, config = QUICK[name]
     env = make_vec("toys/Recall-v0", num_envs=8, seed=1)
     config = replace(config, **settings, gamma=0.9, recurrent=memory, recurrent_size=8)
-    agent = agent_class(env, config, seed=1, device="cpu").learn(2048 if memory else 512, progress=False)
+    agent = agent_class(env, config, seed=1, device="cpu").learn(4096 if memory else 512, progress=False)
     result = evaluate(agent, 60, seed=1)
     if memory:
         assert result["eval/return_mean"] == 1.0
@@ -303,7 +303,7 @@ def test_every_kind_of_space_is_learned_in(name, actions, settings, wanted):
     shared = agent.network.value_encoder is None
     assert shared == settings.get("share_encoder", False)
     before = score(agent)
-    agent.learn(1536 if name == "reinforce" else 1024, progress=False)
+    agent.learn(2048 if name == "reinforce" else 1024, progress=False)
     assert score(agent) > max(wanted, before + 0.1)
 
 
