@@ -9,8 +9,9 @@ taken; after the last the classifier answers. The hybrid loss of the paper's sec
 with the reward R = 1 for a right answer. The cross-entropy trains classifier, core and glimpse network;
 REINFORCE trains the locator alone, for its loss sees the state and the locations as given; so does the
 baseline b_t. The paper weighs the last term; Adam takes each weight's steps as long whatever its loss is
-multiplied by, so there is no such setting here. Where we deviate: Adam for momentum, and as options an LSTM
-or GRU as core, answers that are asked for after every glimpse, and random looks.
+multiplied by, so what is set here is the locator's step size (`locator_rate`). Where we deviate: Adam for
+momentum, and as options an LSTM or GRU as core, answers that are asked for after every glimpse, and random
+looks.
 
 Images go to the device once, and a batch of whole episodes is one graph: `unroll` plays them. The environment
 `foveal/Glimpse-v0` plays the same episodes step by step.
@@ -58,8 +59,8 @@ class RAMConfig:
     scales: int | None = None
     """Patches of a glimpse, each twice as wide as the one before; None for the paper's: 1 below 60 pixels, 3
     below 100, else 4."""
-    first: Literal["random", "centre"] = "random"
-    """Where the first glimpse is taken."""
+    first: Literal["random", "centre"] = "centre"
+    """Where the first glimpse is taken; anywhere is the paper's, and on MNIST much harder to learn from."""
     looking: Literal["learned", "random"] = "learned"
     """Where the others are: by the locator, or anywhere, which is the baseline."""
     std: float = 0.15
@@ -75,8 +76,11 @@ class RAMConfig:
     rewarded."""
     batch_size: int = 128
     """Images in one gradient step; as many as there are, at most."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Step size of Adam before the schedule."""
+    locator_rate: float = 0.3
+    """The locator's step size in parts of the others'. REINFORCE's gradient is noise for the most part, which
+    Adam turns into steps of full length: at 1 the looks soon walk off to the borders."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """How the step size falls: to 0 by half a cosine over the training, or never."""
     augment: tuple[str, ...] = ()
@@ -91,7 +95,7 @@ class RAMConfig:
         for name in ("glimpses", "patch", "scales", "hidden", "glimpse_hidden", "batch_size", "monte_carlo"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("std", "learning_rate"):
+        for name in ("std", "learning_rate", "locator_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
         for name, known in (
@@ -131,6 +135,7 @@ class RAMNetwork(nn.Module):
         self.baseline = nn.Linear(config.hidden, 1)
         self.classifier = nn.Linear(config.hidden, classes)
         orthogonal(self.encoder)
+        spread_kinks(self.encoder.where)
         for head, gain in ((self.locator, 0.01), (self.baseline, 0.01), (self.classifier, 0.01)):
             orthogonal(head, gain)
 
@@ -142,6 +147,16 @@ class RAMNetwork(nn.Module):
     def means(self, hidden: Tensor) -> Tensor:
         """Where to look next, (..., hidden) -> (..., 2) in (-1, 1). No gradient goes on to the core."""
         return self.locator(hidden.detach()).tanh()
+
+
+@torch.no_grad()
+def spread_kinks(layer: nn.Linear) -> None:
+    """Let each rectified unit of a layer of locations (B, 2) bend along a line of its own, all over
+    [-1, 1]^2: slopes of length 1 in any direction, biases from -1 to 1. With biases of zero all bend at the
+    centre, and with orthogonal columns 128 slopes are so small that a location is lost beside the pixels."""
+    angle = 2 * math.pi * torch.rand(layer.out_features)
+    layer.weight.copy_(torch.stack([angle.cos(), angle.sin()], 1))
+    layer.bias.uniform_(-1, 1)
 
 
 # The algorithm, as functions that touch only what they are given.
@@ -347,7 +362,12 @@ class RAM(Model):
         losses = ram_losses(self.network, episodes, labels, self.config)
         loss = losses.classifier_loss + losses.baseline_loss + losses.look_loss
         take_gradient(loss, self.parameters, self.gradients)
+        locator = list(self.network.locator.parameters())
+        before = [weight.detach().clone() for weight in locator]
         adam_step(self.flat, self.gradient, self.adam, learning_rate)
+        with torch.no_grad():  # Adam's steps are proportional to its rate, so a part of a step is its rate's
+            for weight, old in zip(locator, before):
+                weight.copy_(torch.lerp(old, weight, self.config.locator_rate))
         return torch.stack([part.detach().float() for part in losses])
 
     def frame(self, images: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def test_encoder_combines_what_and_where():
     features = encoder(seen, where)
     assert features.shape == (4, 7)
     with torch.no_grad():
-        a, b = encoder.what(seen.flatten(1)).relu(), encoder.where(where).relu()
+        a, b = encoder.what(3 * seen.flatten(1)).relu(), encoder.where(where).relu()
         weight = encoder.both.weight
         expected = (a @ weight[:, :5].T + b @ weight[:, 5:].T + encoder.both.bias).relu()
     torch.testing.assert_close(features, expected)

@@ -102,7 +102,8 @@ def check_glimpse(patch: int, scales: int, size: tuple[int, ...]) -> None:
 
 class GlimpseEncoder(nn.Module):
     """What was seen and where, as one vector: ReLU(Linear(what) + Linear(where)), where `what` and `where`
-    are ReLU(Linear) of the glimpse and of its location (the paper's glimpse network, section 4).
+    are ReLU(Linear) of the glimpse and of its location (the paper's glimpse network, section 4). Pixels are
+    multiplied by 3 first: digits on black have a root mean square of a third, and of 1 after that.
 
     values: numbers in a glimpse, scales * C * patch * patch.
     hidden: width of `what` and `where` each.
@@ -117,5 +118,5 @@ class GlimpseEncoder(nn.Module):
 
     def forward(self, glimpses: Tensor, locations: Tensor) -> Tensor:
         """Glimpses (B, ...) scaled to [0, 1], locations (B, 2) -> (B, features_dim) float32."""
-        what, where = self.what(glimpses.flatten(1)), self.where(locations)
+        what, where = self.what(3 * glimpses.flatten(1)), self.where(locations)
         return self.both(torch.cat([what, where], 1).relu()).relu()
