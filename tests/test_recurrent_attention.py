@@ -324,7 +324,8 @@ def test_an_update_is_adam_on_the_sum_of_the_losses(digits):
     images, labels = digits.train.images[:7], digits.train.labels[:7]
     locator = list(reference.network.locator.parameters())
     others = [p for p in reference.network.parameters() if all(p is not own for own in locator)]
-    optimizer = torch.optim.Adam([{"params": locator, "lr": 0.002}, {"params": others}], lr=0.01)
+    groups: list[dict] = [{"params": locator, "lr": 0.002}, {"params": others}]
+    optimizer = torch.optim.Adam(groups, lr=0.01)
     for _ in range(3):
         model.update(images, labels, 0.01)
         first, noise = reference.draw(7, reference.noise_rng)
