@@ -96,6 +96,7 @@ class Tracker:
         self._put(self._finish, rows, summary, failed)
         self._queue.put(None)
         self._thread.join()
+        _remove_links(self._folder)  # on a busy machine W&B's process makes its own only after the start
         self._leave()
 
     def _put(self, *item: Any) -> None:
@@ -114,7 +115,7 @@ class Tracker:
                 self._failed(do, error)
 
     def _failed(self, do: Callable[..., None], error: Exception) -> None:
-        message = f"W&B failed: {error or type(error).__name__}. The run goes on"
+        message = f"W&B failed: {str(error) or type(error).__name__}. The run goes on"
         if do in (self._media, self._media_again, self._artifact):
             warnings.warn(f"{message}: one image, video or artifact is not in W&B", stacklevel=1)
             return
@@ -319,10 +320,15 @@ def _init(folder: Path, config: Mapping[str, Any], track: str) -> Any:
         tags=origin["tags"],
         config=dict(config),
     )
-    # A link by absolute path: once the folder has moved it dangles, and copying the folder trips over it.
-    for link in folder.glob("wandb/*run-*/logs/debug-core.log"):
-        link.unlink()
+    _remove_links(folder)
     return run
+
+
+def _remove_links(folder: Path) -> None:
+    """W&B's link to a log, by absolute path: once the folder has moved it dangles, and copying the folder
+    trips over it."""
+    for link in folder.glob("wandb/*run-*/logs/debug-core.log"):
+        link.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
