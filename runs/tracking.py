@@ -96,7 +96,6 @@ class Tracker:
         self._put(self._finish, rows, summary, failed)
         self._queue.put(None)
         self._thread.join()
-        _remove_links(self._folder)  # on a busy machine W&B's process makes its own only after the start
         self._leave()
 
     def _put(self, *item: Any) -> None:
@@ -320,15 +319,10 @@ def _init(folder: Path, config: Mapping[str, Any], track: str) -> Any:
         tags=origin["tags"],
         config=dict(config),
     )
-    _remove_links(folder)
+    # A link by absolute path: once the folder has moved it dangles, and copying the folder trips over it.
+    for logs in folder.glob("wandb/*run-*/logs"):
+        (logs / "debug-core.log").unlink(missing_ok=True)  # glob would not find it where it dangles already
     return run
-
-
-def _remove_links(folder: Path) -> None:
-    """W&B's link to a log, by absolute path: once the folder has moved it dangles, and copying the folder
-    trips over it."""
-    for link in folder.glob("wandb/*run-*/logs/debug-core.log"):
-        link.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
