@@ -24,6 +24,7 @@ from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
 from .registry import make_env
+from .seeding import episode_seeds
 
 Obs = Any
 """Observations of all environments: an array (N, ...), or a dict of such arrays."""
@@ -303,10 +304,9 @@ class VectorEnv:
         if not np.count_nonzero(over):  # a fifth of what over.any() takes
             self._obs = next_obs
             return Step(next_obs, next_obs, learned, terminated, truncated, over, [])
-        episodes = [
-            Episode(int(i), float(self._returns[i]), self._logged - int(self._began[i]))
-            for i in np.flatnonzero(over)
-        ]
+        ended = np.flatnonzero(over)
+        lengths = self._logged - self._began[ended]
+        episodes = list(map(Episode, ended.tolist(), self._returns[ended].tolist(), lengths.tolist()))
         obs = self._begin(over)
         return Step(obs, next_obs, learned, terminated, truncated, over, episodes)
 
@@ -385,11 +385,9 @@ class VectorEnv:
         return self._obs
 
     def _reset_backend(self, mask: np.ndarray) -> Obs:
-        return self._backend.reset(mask, [self._episode_seed(int(i)) for i in np.flatnonzero(mask)])
-
-    def _episode_seed(self, env: int) -> int:
-        key = (0 if self.training else 1, env, int(self._episode[env]))
-        return int(np.random.SeedSequence(self.seed, spawn_key=key).generate_state(1)[0]) >> 1  # < 2**31
+        envs = np.flatnonzero(mask)
+        seeds = episode_seeds(self.seed, 0 if self.training else 1, envs, self._episode[envs])
+        return self._backend.reset(mask, seeds.tolist())
 
     def _log(self, actions: np.ndarray) -> None:
         """Keep the actions; when the log is full, forget those of finished episodes, or double it."""
