@@ -58,5 +58,5 @@ def hash_word(values: np.ndarray, constant: int, multiplier: int) -> tuple[np.nd
 
 
 def mix(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    mixed = MIX_L * x - MIX_R * y
+    mixed: np.ndarray = MIX_L * x - MIX_R * y
     return mixed ^ (mixed >> np.uint32(16))
