@@ -55,6 +55,8 @@ MODELS: dict[str, type[Model]] = {
     "gan": GAN,
 }
 """What `foveal train` trains on images."""
+DRAWN = ("dynamic", "fixed")
+"""Ways to binarise that are not a threshold."""
 CONCLUSIONS: dict[str, Callable[[Run, Any, Dataset, float], None]] = {
     "classifier": conclude_classifier,
     "knn": conclude_classifier,
@@ -107,7 +109,7 @@ class FitOptions(RunOptions):
     convolutional net. Other models have nothing of the kind."""
     binarize: str | None = None
     """A threshold (pixels of at least that much become 1, others 0), or dynamic: each pixel is drawn, with
-    its grey as the chance of a 1, anew for each batch of training."""
+    its grey as the chance of a 1, anew for each batch of training; or fixed: drawn once."""
     levels: int | None = None
     """Reduce grey to so many levels."""
 
@@ -135,8 +137,8 @@ class FitOptions(RunOptions):
         for name in ("epochs", "pictures_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
-        if self.binarize is not None and not (self.binarize == "dynamic" or self.binarize.isdecimal()):
-            raise ValueError(f"binarize must be dynamic or a whole number, got {self.binarize!r}")
+        if self.binarize is not None and self.binarize not in DRAWN and not self.binarize.isdecimal():
+            raise ValueError(f"binarize must be dynamic, fixed or a whole number, got {self.binarize!r}")
         if self.binarize is not None and self.levels is not None:
             raise ValueError("levels and binarize exclude each other")
         if self.translated is not None and self.cluttered is not None:
@@ -173,7 +175,8 @@ def open_dataset(options: FitOptions) -> Dataset:
             options.canvases,
         )
     if options.binarize is not None:
-        dataset = binarize(dataset, "dynamic" if options.binarize == "dynamic" else int(options.binarize))
+        how: Any = options.binarize
+        dataset = binarize(dataset, how if how in DRAWN else int(how))
     return dataset if options.levels is None else quantize(dataset, options.levels)
 
 

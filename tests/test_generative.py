@@ -74,7 +74,7 @@ def test_a_threshold_makes_ones_of_pixels_that_reach_it():
         grey, black = getattr(digits, name).images, getattr(two, name).images
         assert torch.equal(black, (grey >= 8).to(torch.uint8))
     for wrong in (0, 17, "static"):
-        with pytest.raises(ValueError, match="binarize must be dynamic or from 1 to 16"):
+        with pytest.raises(ValueError, match="binarize must be dynamic, fixed or from 1 to 16"):
             binarize(digits, wrong)  # type: ignore[arg-type]
 
 
@@ -92,6 +92,12 @@ def test_dynamic_pixels_are_ones_as_often_as_they_are_bright_and_held_out_ones_a
     assert torch.equal(share[images[0] == 16], torch.ones(int((images[0] == 16).sum()), dtype=torch.float64))
     assert drawn.test.images.max() == 1
     assert abs(drawn.test.images.double().mean() - digits.test.images.double().mean() / 16) < 0.01
+    fixed = binarize(digits, "fixed")  # the training images are drawn once as well
+    assert (fixed.high, fixed.grey) == (1, None)
+    assert torch.equal(fixed.test.images, drawn.test.images)
+    assert torch.equal(fixed.draw(fixed.train.images), fixed.train.images)
+    assert fixed.train.images.max() == 1
+    assert abs(fixed.train.images.double().mean() - digits.train.images.double().mean() / 16) < 0.005
 
 
 def test_levels_are_equally_wide():
@@ -351,8 +357,11 @@ def test_a_range_that_is_none_is_refused(high):
         (["sample", "RUN", "--label", "3"], "label: this vae was trained without labels"),
         (["sample", "nowhere"], "no weights file or run at nowhere"),
         (["train", "vae", "--binarize", "None", "--likelihood", "bernoulli"], "takes images of 0 and 1"),
-        (["train", "vae", "--binarize", "half"], "binarize must be dynamic or a whole number, got 'half'"),
-        (["train", "vae", "--binarize", "99"], "binarize must be dynamic or from 1 to 16, got 99"),
+        (
+            ["train", "vae", "--binarize", "half"],
+            "binarize must be dynamic, fixed or a whole number, got 'half'",
+        ),
+        (["train", "vae", "--binarize", "99"], "binarize must be dynamic, fixed or from 1 to 16, got 99"),
         (["train", "vae", "--levels", "4"], "levels and binarize exclude each other"),
         (["train", "vae", "--encoder", "nature"], "NatureCNN takes images of 36x36 pixels or more"),
         (["train", "vae", "--latent-dim", "0"], "latent_dim must be 1 or more, got 0"),

@@ -266,27 +266,30 @@ def batches(
 
 
 HELD_OUT_SEED = 2**31 - 2
-"""Of the pixels drawn once for held-out images."""
+"""Of the pixels that are drawn once and for all."""
 
 
-def binarize(dataset: Dataset, how: int | Literal["dynamic"]) -> Dataset:
+def binarize(dataset: Dataset, how: int | Literal["dynamic", "fixed"]) -> Dataset:
     """Images of zeros and ones. Raises ValueError for a threshold that leaves no ones or no zeros.
 
     A number is a threshold: pixels of at least that much become 1. `dynamic` (Salakhutdinov and Murray 2008)
     takes pixel / high as the chance of a 1: training images are drawn anew for each batch, by
-    `Dataset.draw`, the held-out ones once and for all, whatever the seed.
+    `Dataset.draw`, the held-out ones once and for all, whatever the seed. `fixed` draws the training images
+    once and for all too, as Larochelle and Murray 2011 did (their very draws are other ones); the held-out
+    images are the same.
     """
-    if how != "dynamic":
+    if how not in ("dynamic", "fixed"):
         if not isinstance(how, int) or not 1 <= how <= dataset.high:
-            raise ValueError(f"binarize must be dynamic or from 1 to {dataset.high}, got {how!r}")
+            raise ValueError(f"binarize must be dynamic, fixed or from 1 to {dataset.high}, got {how!r}")
         return _with_images(dataset, lambda images: (images >= how).to(torch.uint8), 1)
-    generator = torch.Generator().manual_seed(HELD_OUT_SEED)
     grey = replace(dataset, grey=dataset.high)
-    held_out = {
-        name: Split(grey.draw(split.images, generator), split.labels)
-        for name, split in (("test", dataset.test), ("validation", dataset.validation))
-    }
-    return replace(grey, high=1, **held_out)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(HELD_OUT_SEED)
+    drawn = {}
+    for name in ("test", "validation", *(["train"] if how == "fixed" else [])):
+        split = getattr(dataset, name)
+        drawn[name] = Split(grey.draw(split.images, generator), split.labels)
+    whole: Dataset = replace(grey, high=1, **drawn)  # type: ignore[arg-type]
+    return replace(whole, grey=None) if how == "fixed" else whole
 
 
 def quantize(dataset: Dataset, levels: int) -> Dataset:
