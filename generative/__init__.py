@@ -3,6 +3,7 @@
 from .autoencoder import Autoencoder, AutoencoderConfig
 from .decoder import make_decoder
 from .gan import GAN, GANConfig
+from .image_transformer import ImageTransformer, ImageTransformerConfig
 from .likelihood import LIKELIHOODS, bits_per_dim, discretized_logistic_log_prob, independent_pixels
 from .model import Generative, Learner, Moment
 from .pixelcnn import PixelCNN, PixelCNNConfig
@@ -17,6 +18,8 @@ __all__ = [
     "AutoencoderConfig",
     "GANConfig",
     "Generative",
+    "ImageTransformer",
+    "ImageTransformerConfig",
     "Learner",
     "Moment",
     "PixelCNN",

@@ -33,6 +33,8 @@ class PixelConfig:
     auto: logistic for more than 32 levels."""
     components: int = 10
     """Logistics in the mixture."""
+    layers: int = 6
+    """Layers after the first."""
     width: int = 32
     """Features of each pixel; with softmax and colour, a multiple of the channels."""
     dropout: float = 0.0
@@ -57,7 +59,7 @@ class PixelConfig:
     """Of the network; likelihoods stay float32."""
 
     def __post_init__(self) -> None:
-        for name in ("components", "width", "batch_size", "validate_every"):
+        for name in ("components", "layers", "width", "batch_size", "validate_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
         for name in ("dropout", "ema"):
@@ -86,10 +88,8 @@ class PixelCNNConfig(PixelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.layers < 1 or self.depth < 0:
-            raise ValueError(
-                f"layers must be 1 or more and depth 0 or more, got {self.layers} and {self.depth}"
-            )
+        if self.depth < 0:
+            raise ValueError(f"depth must be 0 or more, got {self.depth}")
         if self.kernel < 3 or self.kernel % 2 == 0:
             raise ValueError(f"kernel must be odd and 3 or more, got {self.kernel}")
 

@@ -29,11 +29,6 @@ class PixelRNNConfig(PixelConfig):
     layers: int = 2
     """LSTM layers."""
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.layers < 1:
-            raise ValueError(f"layers must be 1 or more, got {self.layers}")
-
 
 def recipe(
     backbone: str | None = None, dataset: str | None = None, encoder: str | None = None, **changes: Any

@@ -12,7 +12,7 @@ import torch
 
 from ..agents import RAM, newest_first, save_checkpoint, sweep
 from ..agents.progress import progress as progress_display
-from ..generative import GAN, VAE, Autoencoder, Generative, PixelCNN, PixelRNN
+from ..generative import GAN, VAE, Autoencoder, Generative, ImageTransformer, PixelCNN, PixelRNN
 from ..vision import (
     KNN,
     Classifier,
@@ -52,6 +52,7 @@ MODELS: dict[str, type[Model]] = {
     "vae": VAE,
     "pixelcnn": PixelCNN,
     "pixelrnn": PixelRNN,
+    "image-transformer": ImageTransformer,
     "gan": GAN,
 }
 """What `foveal train` trains on images."""
@@ -65,6 +66,7 @@ CONCLUSIONS: dict[str, Callable[[Run, Any, Dataset, float], None]] = {
     "vae": conclude_generative,
     "pixelcnn": conclude_generative,
     "pixelrnn": conclude_generative,
+    "image-transformer": conclude_generative,
     "gan": conclude_gan,
 }
 """Model -> what scores it on the test images, and draws it."""

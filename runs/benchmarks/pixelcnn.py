@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from ...generative import PixelCNN, PixelRNN
+from ...generative import ImageTransformer, PixelCNN, PixelRNN
 from ...vision import Dataset, binarize, load_dataset
 from ..statistics import bootstrap_ci
 from .common import RESULTS, argument_parser, machine_info
@@ -53,7 +53,7 @@ TASKS = {
     ),
     "digits-17-plusplus": Task(
         "digits", None, PixelCNN, 30, "bits_per_dim", None,
-        {"variant": "plusplus", "width": 24, "layers": 1, "depth": 0},
+        {"variant": "plusplus", "width": 16, "layers": 1, "depth": 1},
     ),
     "digits-17-row": Task(
         "digits", None, PixelRNN, 30, "bits_per_dim", None, {"variant": "row", "width": 40, "layers": 2}
@@ -61,9 +61,12 @@ TASKS = {
     "digits-17-diagonal": Task(
         "digits", None, PixelRNN, 30, "bits_per_dim", None, {"variant": "diagonal", "width": 32, "layers": 3}
     ),
+    "digits-17-attention": Task(
+        "digits", None, ImageTransformer, 30, "bits_per_dim", None, {"width": 40, "layers": 4}
+    ),
     "digits-binary": Task("digits", 8, PixelCNN, 30, "nats", 17.3, DIGITS),
     "fashion-binary": Task("fashion-mnist", 128, PixelCNN, 1, "nats", 112.0, FASHION),
-    "fashion-256": Task("fashion-mnist", None, PixelCNN, 3, "bits_per_dim", 3.2, FASHION),
+    "fashion-256": Task("fashion-mnist", None, PixelCNN, 2, "bits_per_dim", 3.2, FASHION),
     "mnist-fixed": Task("mnist", "fixed", PixelCNN, 1 / 3, "nats", None, FASHION),
     "mnist-dynamic": Task("mnist", "dynamic", PixelCNN, 1 / 3, "nats", None, FASHION),
 }  # fmt: skip
