@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .pixel_sampling import CachedConv, Drawing
-from .pixelcnn import PixelConfig, PixelModel
+from .pixelcnn import PixelConfig, PixelModel, recipe_of
 from .pixelcnn_cached import Cached
 from .pixelcnn_networks import CausalConv, Condition, Head, image_mask, with_ones
 
@@ -36,27 +36,6 @@ class ImageTransformerConfig(PixelConfig):
             raise ValueError(
                 f"heads must be 1 or more and divide width, got {self.heads} for a width of {self.width}"
             )
-
-
-RECIPES: dict[str, dict[str, Any]] = {
-    "digits": {
-        "width": 40,
-        "layers": 4,
-        "dropout": 0.1,
-        "batch_size": 16,
-        "learning_rate": 3e-3,
-        "ema": 0.99,
-        "validate_every": 5,
-    },
-}
-"""Settings by dataset."""
-
-
-def recipe(
-    backbone: str | None = None, dataset: str | None = None, encoder: str | None = None, **changes: Any
-) -> ImageTransformerConfig:
-    """The settings known to work for a dataset, else the defaults, with `changes` made."""
-    return ImageTransformerConfig(**{**RECIPES.get(dataset or "", {}), **changes})
 
 
 class Layer(nn.Module):
@@ -90,8 +69,9 @@ class Layer(nn.Module):
 class Network(nn.Module):
     """A masked convolution, layers of attention, and two 1x1 convolutions.
 
-    A position's features are of the pixels before it only, so that it may attend to itself. With a softmax
-    and colour, the pixel's own earlier channels come in after the last layer, through `own`.
+    A position's features are of the pixels before it only, so that it may attend to itself: what the
+    convolution sees, and the last one drawn, which at the left border is out of its sight. With a softmax and
+    colour, the pixel's own earlier channels come in after the last layer, through `own`.
     """
 
     def __init__(
@@ -101,6 +81,7 @@ class Network(nn.Module):
         super().__init__()
         channels, height, columns = shape
         self.first = CausalConv(channels + 1, width, 4, 3, 3, mask=image_mask(width, channels, 1))
+        self.latest = nn.Linear(channels + 1, width, bias=False)
         self.places = nn.ParameterList(
             0.1 * torch.randn(width, *size) for size in ((height, 1), (1, columns))
         )
@@ -112,11 +93,12 @@ class Network(nn.Module):
 
     def added(self, condition: Tensor | None) -> Tensor:
         """What the place and the condition add to the convolution, (1 or B, C, H, W)."""
-        return self.places[0] + self.places[1] + self.condition(condition)
+        return (self.places[0] + self.places[1])[None] + self.condition(condition)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         image = with_ones(x)
         h = (self.first(image) + self.added(condition)).flatten(2).transpose(1, 2)  # (B, H W, C)
+        h = h + self.latest(F.pad(image.flatten(2)[:, :, :-1], (1, 0)).transpose(1, 2))
         for layer in self.layers:
             h = layer(h)
         h = self.norm(h).transpose(1, 2).unflatten(2, x.shape[2:])
@@ -137,7 +119,7 @@ class ImageTransformer(PixelModel):
 
     name: ClassVar[str] = "image-transformer"
     Config: ClassVar[type] = ImageTransformerConfig
-    recipe = staticmethod(recipe)
+    recipe = staticmethod(recipe_of(ImageTransformerConfig, {"digits": {"width": 40}}))
     config: ImageTransformerConfig
 
     def build_network(self, channels: int, outputs: int, groups: int, condition: int) -> nn.Module:
@@ -185,7 +167,8 @@ class CachedNetwork(Cached):
         """What the pixels before (r, c) say of it, (n, C)."""
         for call in self.first.calls(c):
             call()
-        x = (self.first.out + self.added[:, :, r, c]).unsqueeze(1)
+        latest = self.image.columns[c - 1] if c else self.image.data[:, -2, self.image.left + self.width - 1]
+        x = (self.first.out + self.added[:, :, r, c] + self.network.latest(latest)).unsqueeze(1)
         place = r * self.width + c
         for layer, (keys, values) in self.layers:
             query, keys[:, :, place, None], values[:, :, place, None] = layer.asked(x)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .likelihood import LEAST_LOG_SCALE, discretized_logistic_log_prob
+
 
 class Softmax:
     """A probability for each level of each channel; the network sees the channels before it."""
@@ -72,17 +74,9 @@ class LogisticMixture:
         return torch.stack(maps, 1)
 
     def log_levels(self, mean: Tensor, log_scale: Tensor, values: Tensor) -> Tensor:
-        """ln of a logistic's mass on levels (B, 1, H, W), of each component (B, K, H, W).
-
-        sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)), no term of which cancels.
-        """
-        half, inverse = 1 / (self.levels - 1), torch.exp(-log_scale)
-        centred = scale(values, self.levels, mean.dtype) - mean
-        upper = F.logsigmoid((centred + half) * inverse)  # ln of the mass below the upper edge
-        lower = F.logsigmoid((half - centred) * inverse)  # ln of the mass above the lower edge
-        between = torch.log(-torch.expm1(-2 * half * inverse))
-        ends = torch.where(values == 0, upper, lower)
-        return torch.where((values > 0) & (values < self.levels - 1), upper + lower + between, ends)
+        """ln of a logistic's mass on levels (B, 1, H, W), of each component (B, K, H, W)."""
+        scaled = scale(values, self.levels, mean.dtype)
+        return discretized_logistic_log_prob(mean, log_scale, scaled, self.levels - 1)
 
     def cdf(self, parameters: Tensor, channel: int, before: Tensor, temperature: float = 1.0) -> Tensor:
         """As `Softmax.cdf`. A temperature divides the logits of the components and multiplies the scales."""
@@ -110,7 +104,7 @@ class LogisticMixture:
         for channel, (mean, log_scale) in enumerate(zip(means, log_scales)):
             start = channel * (channel - 1) // 2
             mine = [torch.tanh(factor) for factor in factors[start : start + channel]]
-            result.append((mean, log_scale.clamp(min=-7.0), mine))
+            result.append((mean, log_scale.clamp(min=LEAST_LOG_SCALE), mine))
         return result
 
 

@@ -41,7 +41,7 @@ class PixelConfig:
     """Share of features dropped in each layer, in [0, 1)."""
     conditional: bool = False
     """Give the label to each layer, so that images can be made of a class."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Images in one gradient step; as many as there are, at most."""
     learning_rate: float = 1e-3
     """Adam's step size before the schedule."""
@@ -95,34 +95,32 @@ class PixelCNNConfig(PixelConfig):
 
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "digits": {
-        "width": 24,
-        "layers": 3,
-        "kernel": 5,
-        "dropout": 0.1,
-        "batch_size": 16,
-        "learning_rate": 3e-3,
-        "ema": 0.99,
-        "validate_every": 5,
-    },
+    "digits": {"dropout": 0.1, "learning_rate": 3e-3, "ema": 0.99, "validate_every": 5},
+    "mnist": {"learning_rate": 2e-3, "ema": 0.998},
+    "fashion-mnist": {"learning_rate": 2e-3, "ema": 0.998},
 }
-"""Settings by dataset."""
+"""What all models take for a dataset; each has something of its own beside."""
 RUN_OPTIONS: dict[str, dict[str, Any]] = {
     "digits": {"epochs": 30.0},
-    "mnist": {"binarize": "dynamic"},
-    "fashion-mnist": {"binarize": "128"},
+    "mnist": {"epochs": 1.0, "binarize": "dynamic"},
+    "fashion-mnist": {"epochs": 1.0, "binarize": "128"},
 }
 
 
-def recipe(
-    backbone: str | None = None, dataset: str | None = None, encoder: str | None = None, **changes: Any
-) -> PixelCNNConfig:
-    """The settings known to work for a dataset, else the defaults, with `changes` made."""
-    return PixelCNNConfig(**{**RECIPES.get(dataset or "", {}), **changes})
+def recipe_of(kind: type, own: dict[str, dict[str, Any]]) -> Callable[..., Any]:
+    """A model's `recipe`: what is known to work for a dataset, else the defaults, with `changes` made."""
+
+    def recipe(
+        backbone: str | None = None, dataset: str | None = None, encoder: str | None = None, **changes: Any
+    ) -> Any:
+        name = dataset or ""
+        return kind(**{**RECIPES.get(name, {}), **own.get(name, {}), **changes})
+
+    return recipe
 
 
 def run_options(dataset: str) -> dict[str, Any]:
-    """Defaults of `foveal train pixelcnn` and `pixelrnn` for a dataset."""
+    """Defaults of `foveal train` for a dataset."""
     return RUN_OPTIONS.get(dataset, {})
 
 
@@ -336,7 +334,16 @@ class PixelCNN(PixelModel):
 
     name: ClassVar[str] = "pixelcnn"
     Config: ClassVar[type] = PixelCNNConfig
-    recipe = staticmethod(recipe)
+    recipe = staticmethod(
+        recipe_of(
+            PixelCNNConfig,
+            {
+                "digits": {"width": 24, "layers": 3, "kernel": 5},
+                "mnist": {"width": 24, "layers": 5, "kernel": 5},
+                "fashion-mnist": {"width": 24, "layers": 5, "kernel": 5},
+            },
+        )
+    )
     config: PixelCNNConfig
 
     def build_network(self, channels: int, outputs: int, groups: int, condition: int) -> nn.Module:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .pixel_sampling import CachedConv, Call, Drawing, Line, last
-from .pixelcnn import RECIPES, PixelConfig, PixelModel
+from .pixelcnn import PixelConfig, PixelModel, recipe_of
 from .pixelcnn_cached import Cached
 from .pixelcnn_networks import CausalConv, Condition, Head, group_mask, image_mask, pointwise, with_ones
 
@@ -28,14 +28,6 @@ class PixelRNNConfig(PixelConfig):
     diagonals; a pixel sees everything before it."""
     layers: int = 2
     """LSTM layers."""
-
-
-def recipe(
-    backbone: str | None = None, dataset: str | None = None, encoder: str | None = None, **changes: Any
-) -> PixelRNNConfig:
-    """The settings known to work for a dataset, else the defaults, with `changes` made."""
-    own = {k: v for k, v in RECIPES.get(dataset or "", {}).items() if k not in ("layers", "kernel")}
-    return PixelRNNConfig(**{**own, **changes})
 
 
 def lstm(gates: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +145,7 @@ class PixelRNN(PixelModel):
 
     name: ClassVar[str] = "pixelrnn"
     Config: ClassVar[type] = PixelRNNConfig
-    recipe = staticmethod(recipe)
+    recipe = staticmethod(recipe_of(PixelRNNConfig, {"digits": {"width": 24}}))
     config: PixelRNNConfig
 
     def build_network(self, channels: int, outputs: int, groups: int, condition: int) -> nn.Module:
