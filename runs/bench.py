@@ -157,6 +157,12 @@ def transfer_table(measured: Path) -> str:
     return report(read(measured, "transfer")["cells"])
 
 
+def pixelcnn_table(measured: Path) -> str:
+    from .benchmarks.pixelcnn import report
+
+    return report(read(measured, "pixelcnn")["cells"])
+
+
 def cartpole_table(measured: Path) -> str:
     results = read(measured, "cartpole")
     names = {
@@ -207,6 +213,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "cartpole": cartpole_table,
     "suite": suite_table,
     "transfer": transfer_table,
+    "pixelcnn": pixelcnn_table,
     "speed": speed_table,
     "on_policy_speed": on_policy_speed_table,
 }

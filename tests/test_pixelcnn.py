@@ -202,9 +202,8 @@ def test_activations_do_not_grow_with_depth(kind, settings):
         torch.manual_seed(0)
         model = make(kind, settings, (1, 16, 16), spread=0.0, width=16, layers=layers, dropout=0.0)
         found = []
-        hook = model.network.head.register_forward_pre_hook(
-            lambda _, inputs: found.append(inputs[0].std().item())
-        )
+        end = getattr(model.network, "norm", model.network.head)  # before it is normalised, where it is
+        hook = end.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].std().item()))
         with torch.no_grad():
             model.network(torch.randn(4, 1, 16, 16).sign())
         hook.remove()
