@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from gymnasium import spaces
 
-from ...generative import PixelCNN, PixelRNN
+from ...generative import ImageTransformer, PixelCNN, PixelRNN
 from ...generative.pixelcnn import PixelModel
 from .common import RESULTS, argument_parser, machine_info, write_results
 
@@ -34,6 +34,7 @@ CASES: list[tuple[str, type[PixelModel], dict[str, Any], tuple[int, int, int], i
     ("plusplus, 256 levels", PixelCNN, PLUS, BIG, 256, 16),
     ("row LSTM", PixelRNN, {"variant": "row", "width": 32, "layers": 3}, BIG, 2, 16),
     ("diagonal BiLSTM", PixelRNN, {"variant": "diagonal", "width": 32, "layers": 3}, BIG, 2, 16),
+    ("image transformer", ImageTransformer, {"width": 40, "layers": 4}, BIG, 2, 16),
 ]
 """Name, model, its settings, the images' shape and levels, and how many are drawn at once."""
 
