@@ -1,4 +1,4 @@
-"""The command line: foveal train | resume | evaluate | sample | sweep | collect | explain | compare | list.
+"""The command line: foveal train | resume | evaluate | sample | explain | export | push | pull | compare ...
 
 Whatever a person gave wrong is one line on the error output and exit code 2; a traceback is our mistake.
 """
@@ -31,6 +31,9 @@ usage: foveal COMMAND ...
   collect        write what an agent, or a random policy, sees to a dataset of images
   sync RESULTS   send runs to Weights & Biases, whatever of them its server lacks
   explain RUN    show what a trained network looks at
+  export RUN     write a policy, classifier, encoder or decoder as one ONNX file
+  push RUN REPO  send a run to the Hugging Face Hub, or to a folder, with a model card
+  pull REPO      fetch a run from there
   compare RUNS   curves, scores and intervals of many runs, as a page, figures, CSV and a table
   bench SUITE    run a benchmark suite; make the README's tables from what was measured
   list           agents, models, encoders, backbones, environments, and the runs of a results folder
@@ -51,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
         "collect": collect_command,
         "sync": sync_command,
         "explain": explain_command,
+        "export": export_command,
+        "push": push_command,
+        "pull": pull_command,
         "compare": compare_command,
         "bench": bench_command,
         "list": list_command,
@@ -359,6 +365,26 @@ def explain_command(arguments: list[str]) -> int:
     given = _parse(Explain, "foveal explain", arguments)
     _import(given.imports)
     return explain(given)
+
+
+def export_command(arguments: list[str]) -> int:
+    from .export import Export, export
+
+    given = _parse(Export, "foveal export", arguments)
+    _import(given.imports)
+    return export(given)
+
+
+def push_command(arguments: list[str]) -> int:
+    from .hub import Push, push
+
+    return push(_parse(Push, "foveal push", arguments))
+
+
+def pull_command(arguments: list[str]) -> int:
+    from .hub import Pull, pull
+
+    return pull(_parse(Pull, "foveal pull", arguments))
 
 
 def compare_command(arguments: list[str]) -> int:
