@@ -43,12 +43,15 @@ SUITES: dict[str, tuple[Part, ...]] = {
     "minatar": (learning("MinAtar/Breakout-v1", "MinAtar/SpaceInvaders-v1"), Part("transfer")),
     "mujoco": (learning("HalfCheetah-v5", "Hopper-v5"),),
     "atari": (Part("pong"),),
+    "generative": (Part("vae"), Part("pixelcnn"), Part("gan")),
     "speed": (
-        Part("speed"), Part("on_policy_speed"), Part("replay"), Part("checkpoint"), Part("tracking"),
-        Part("compare"),
+        Part("speed"), Part("on_policy_speed"), Part("glimpse_speed"), Part("pixelcnn_sampling"),
+        Part("replay"), Part("checkpoint"), Part("tracking"), Part("compare"),
     ),
 }  # fmt: skip
 """Name of a suite -> its benchmarks, in order."""
+SEEDED = {"suite", "vae", "gan", "cartpole", "transfer"}
+"""Benchmarks that take --seeds: how many."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +59,13 @@ class Bench:
     """Run a benchmark suite, or make the tables of a Markdown file from what has been measured."""
 
     what: tyro.conf.Positional[
-        Literal["classic", "box2d", "minatar", "mujoco", "atari", "speed", "list", "tables"]
+        Literal["classic", "box2d", "minatar", "mujoco", "atari", "generative", "speed", "list", "tables"]
     ]
     """A suite; list says what is in them; tables writes them anew into --file."""
     seeds: int | None = None
-    """Of the learning suites: how many."""
+    """Of the learning suites and the generative one: how many."""
+    data_dir: Path | None = None
+    """Of the generative suite: where the data sets are."""
     jobs: int = 1
     """Of the learning suites: trainings at a time."""
     plan: bool = False
@@ -92,7 +97,13 @@ def bench(given: Bench) -> int:
         own = list(part.arguments)
         if part.module == "suite":
             own += ["--jobs", str(given.jobs), *(["--plan"] if given.plan else [])]
-            own += ["--seeds", str(given.seeds)] if given.seeds else []
+        if given.seeds:
+            if part.module in SEEDED:
+                own += ["--seeds", str(given.seeds)]
+            elif part.module == "pixelcnn":
+                own += ["--seeds", *map(str, range(given.seeds))]
+        if given.data_dir is not None and given.what == "generative":
+            own += ["--data-dir", str(given.data_dir)]
         command = [sys.executable, "-m", f"foveal.runs.benchmarks.{part.module}", *own]
         print(f"== {shlex.join(['python', *command[1:]])}", flush=True)
         if not given.plan or part.module == "suite":

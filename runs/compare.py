@@ -30,6 +30,7 @@ from .statistics import (
 
 SCORES = (
     "eval/return_mean", "test/error", "test/bits_per_dim", "test/nats", "test/fid", "test/squared_error",
+    "last/return_mean",
 )  # fmt: skip
 """Final scores of summary.json, in the order in which they are looked for."""
 BASELINES = {
@@ -43,8 +44,8 @@ BASELINES = {
 """What a trivial method gets, of each score that has one."""
 CURVES = (
     "eval/return_mean", "test/error", "test/bits_per_dim", "test/nats", "test/fid",
-    "validation/accuracy", "validation/error", "validation/bits_per_dim", "validation/nats",
-    "validation/elbo", "validation/loss", "train/return_mean", "train/loss",
+    "last/return_mean", "validation/accuracy", "validation/error", "validation/bits_per_dim",
+    "validation/nats", "validation/elbo", "validation/loss", "train/return_mean", "train/loss",
 )  # fmt: skip
 LOWER = ("error", "squared_error", "loss", "bits_per_dim", "bpd", "nats", "fid", "nll", "perplexity")
 """A metric with one of these as a word of its name is better when it is lower."""
@@ -57,11 +58,12 @@ STATISTICS: dict[str, Statistic] = {"mean": np.mean, "iqm": iqm}
 class Compare:
     """Compare runs: one page with curves, scores, intervals and settings; figures; CSV; and a table.
 
-    Runs are foveal's folders, or the offline files of any other program that logs to Weights & Biases.
+    Runs are foveal's folders, the cells of a benchmark's JSON file, or the offline files of any other program
+    that logs to Weights & Biases.
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]] = (Path("results"),)
-    """Run folders, folders of them, .wandb files."""
+    """Run folders, folders of them, .wandb files, and what `foveal bench` has measured (.json)."""
     group: str | None = None
     """Only runs of this group (the folder that they are in); * and ? stand for any text."""
     where: tuple[str, ...] = ()

@@ -102,10 +102,11 @@ def matches(run: History, where: Mapping[str, str]) -> bool:
 def load(paths: Iterable[str | Path]) -> tuple[list[History], list[tuple[Path, str]]]:
     """The runs at and below `paths`, oldest first, and what could not be read, with the reason.
 
-    A path is a run folder, a folder of them, or a .wandb file. Inside a run folder nothing else is looked
-    for: its own wandb/ is a view of it. W&B files with one run id are fragments of one run.
+    A path is a run folder, a folder of them, a .wandb file, or the .json file of a benchmark, whose cells are
+    runs. Inside a run folder nothing else is looked for: its own wandb/ is a view of it. W&B files with one
+    run id are fragments of one run.
 
-    Raises `FileNotFoundError` for a path that is not there.
+    Raises `FileNotFoundError` for a path that is not there, ValueError for a file that is none of these.
     """
     runs: list[tuple[str, History]] = []
     damaged: list[tuple[Path, str]] = []
@@ -113,6 +114,11 @@ def load(paths: Iterable[str | Path]) -> tuple[list[History], list[tuple[Path, s
     for path in dict.fromkeys(found for given in paths for found in _candidates(Path(given))):
         if path.suffix == ".wandb":
             fragments.setdefault(path.stem, []).append(path)
+            continue
+        if path.suffix == ".json":
+            from .measured import read_cells  # which builds on this module
+
+            runs += [("", cell) for cell in read_cells(path)]
             continue
         try:
             runs.append(_of_folder(path))
@@ -130,8 +136,10 @@ def _candidates(path: Path) -> Iterator[Path]:
     if not path.exists():
         raise FileNotFoundError(f"no runs at {path}: there is no such file or folder")
     if path.is_file():
-        if path.suffix != ".wandb":
-            raise ValueError(f"{path} is no run: takes run folders, folders of them and .wandb files")
+        if path.suffix not in (".wandb", ".json"):
+            raise ValueError(
+                f"{path} is no run: takes run folders, folders of them, .wandb files and benchmarks' .json"
+            )
         yield path
         return
     for folder, inside, files in os.walk(path):
@@ -156,9 +164,9 @@ def _of_folder(path: Path) -> tuple[str, History]:
         if key not in ("run", "versions", "config", "options", "dataset")
     }
     fields = {
-        **_flat(run.config.get("options") or {}),
-        **_flat(run.config.get("config") or {}),
-        **_flat(own),
+        **flat(run.config.get("options") or {}),
+        **flat(run.config.get("config") or {}),
+        **flat(own),
         "group": origin["group"],
         "name": origin["name"],
         "commit": git.get("commit", "")[:9] or None,
@@ -180,7 +188,7 @@ def _of_folder(path: Path) -> tuple[str, History]:
 def _of_wandb(files: Sequence[Path]) -> tuple[str, History]:
     parts = [read_run(file) for file in files]  # each but the first goes on with what was killed
     settings = {key: value for part in parts for key, value in part.config.items()}
-    fields = _flat(settings)
+    fields = flat(settings)
     for key, others in ALIASES.items():
         known = [fields[name] for name in (key, *others) if fields.get(name) is not None]
         fields[key] = known[0] if known else parts[0].project if key == "env_id" else parts[0].name
@@ -202,12 +210,12 @@ def _of_wandb(files: Sequence[Path]) -> tuple[str, History]:
     return parts[0].started, History(folder, name, state, fields, summary, table, media, foreign=True)
 
 
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """{"a": {"b": 1}} -> {"a.b": 1}; lists as text, as their reader would write them."""
     found: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
             found[prefix + key] = " ".join(map(str, value)) if isinstance(value, list) else value
     return found

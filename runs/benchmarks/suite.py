@@ -297,9 +297,17 @@ def train_cell(cell: Cell, results: Path, out: Path) -> None:
         "machine": about["cpu"],
         "run": f"{trained.path.parent.name}/{trained.path.name}",
         "config": as_json(config),
+        "curve": curve_of(trained),
     }
     del about["command"]  # it is that of a cell
     append(out, row, about)
+
+
+def curve_of(trained: Any) -> dict[str, list[float]]:
+    """The validations of a run, as `foveal compare` draws them from the file of cells alone."""
+    names = ("env_step", "eval/return_mean")
+    rows = [row for row in trained.rows() if names[1] in row]
+    return {name: [row[name] for row in rows] for name in names}
 
 
 def as_json(config: Any) -> dict[str, Any]:
