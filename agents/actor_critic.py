@@ -24,6 +24,7 @@ from ..vision.optimization import (
     rmsprop_state,
     rmsprop_step,
     set_training,
+    take_gradient,
 )
 from .agent import Report, Row, UnmadeEnv, passes
 from .distributions import Distribution
@@ -126,6 +127,32 @@ def a2c_loss(
     return loss.mean(), losses
 
 
+def a2c_gradient(
+    distribution: Distribution,
+    params: Tensor,
+    values: Tensor,
+    actions: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    config: A2CConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d `a2c_loss` / d params (T, N, P) and d values (T, N), in closed form, and `LOSSES` (3,).
+
+    Without autograd small networks learn in two thirds of the time.
+    """
+    log_prob, entropy = distribution.log_prob_entropy(params, actions)
+    if config.normalize_advantage and advantages.numel() > 1:
+        std, mean = torch.std_mean(advantages)
+        advantages = (advantages - mean) / (std + 1e-8)
+    count, error = log_prob.numel(), values - returns
+    by_params = distribution.gradient(
+        params, actions, advantages / -count, -config.entropy_coefficient / count
+    )
+    by_values = error * (2 * config.value_coefficient / count)
+    losses = torch.stack([-advantages * log_prob, error.square(), entropy]).flatten(1).mean(1)
+    return by_params, by_values, losses
+
+
 class A2C(OnPolicyAgent):
     """Synchronous advantage actor-critic, with or without memory.
 
@@ -181,27 +208,7 @@ class A2C(OnPolicyAgent):
         """One gradient step on a rollout; `LOSSES` (3,)."""
         config = self.config
         set_training(self.modal, True)  # dropout and the like belong to the loss alone
-        # One pass for everything: the last row only lends its value, which carries no gradient.
-        params, values, states = self.learner(rollout.obs, rollout.state, rollout.starts)
-        with torch.no_grad():
-            parts = (rollout.rewards, self.next_values(rollout, values, states))
-            ends = (rollout.terminated, rollout.truncated)
-            if config.advantage == "gae":
-                advantages = gae(parts[0], values[:-1], parts[1], *ends, config.gamma, config.gae_lambda)
-                returns = advantages + values[:-1]
-            else:
-                returns = n_step_returns(*parts, *ends, config.gamma, config.num_steps)
-                advantages = returns - values[:-1]
-        loss, losses = a2c_loss(
-            self.distribution,
-            params[:-1],
-            values[:-1],
-            rollout.actions,
-            advantages,
-            returns,
-            config,
-        )
-        self.learner.take_gradient(loss)
+        losses = self.take_gradient(rollout)
         clip_norm(self.gradient, config.max_grad_norm)
         with self.paced():
             self.optimizer_step(
@@ -210,6 +217,36 @@ class A2C(OnPolicyAgent):
         self.grad_step += 1
         set_training(self.modal, False)
         return losses
+
+    def take_gradient(self, rollout: Rollout) -> Tensor:
+        """The loss's gradient, into `self.gradient`; `LOSSES` (3,)."""
+        config, distribution, actions = self.config, self.distribution, rollout.actions
+        # One pass for everything: the last row only lends its value, which carries no gradient.
+        if self.learner is None:
+            params, values, states = self.network(rollout.obs, rollout.state, rollout.starts)
+            with torch.no_grad():
+                targets = self.targets(rollout, values, states)
+            loss, losses = a2c_loss(distribution, params[:-1], values[:-1], actions, *targets, config)
+            take_gradient(loss, self.parameters, self.gradients)
+            return losses
+        with torch.no_grad():
+            params, values = self.learner.forward(rollout.obs)
+            targets = self.targets(rollout, values, rollout.state.expand(*values.shape, -1))
+            *derivatives, losses = a2c_gradient(
+                distribution, params[:-1], values[:-1], actions, *targets, config
+            )
+            self.learner.backward(*derivatives)
+        return losses
+
+    def targets(self, rollout: Rollout, values: Tensor, states: Tensor) -> tuple[Tensor, Tensor]:
+        """Advantages and returns (T, N), from the network's values (T + 1, N) and states (T + 1, N, S)."""
+        config, following = self.config, self.next_values(rollout, values, states)
+        ends = (rollout.terminated, rollout.truncated)
+        if config.advantage == "gae":
+            advantages = gae(rollout.rewards, values[:-1], following, *ends, config.gamma, config.gae_lambda)
+            return advantages, advantages + values[:-1]
+        returns = n_step_returns(rollout.rewards, following, *ends, config.gamma, config.num_steps)
+        return returns - values[:-1], returns
 
     @property
     def rollout_steps(self) -> int:

@@ -35,6 +35,10 @@ class Distribution(Protocol):
     def log_prob_entropy(self, params: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """log p(actions) and the entropy, both (...), in nats."""
 
+    def gradient(self, params: Tensor, actions: Tensor, by_log_prob: Tensor, by_entropy: float) -> Tensor:
+        """d loss / d params (..., P), from d loss / d log p(actions) (...) and d loss / d entropy, one number
+        for all: in closed form, in a third of autograd's time for a small batch."""
+
     def to_env(self, actions: Tensor) -> np.ndarray:
         """Actions (B, ...) as the environment takes them."""
 
@@ -69,6 +73,18 @@ def gumbel(batch: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return exponential.log_().neg_()
 
 
+def softmax_gradient(logits: Tensor, actions: Tensor, by_log_prob: Tensor, by_entropy: float) -> Tensor:
+    """`Distribution.gradient` of one choice: d log p_a / d logit_i = [i = a] - p_i, and
+    d H / d logit_i = -p_i (log p_i + H)."""
+    log_p = logits.log_softmax(-1)
+    p, by_log_prob = log_p.exp(), by_log_prob.unsqueeze(-1)
+    gradient = (p * -by_log_prob).scatter_add_(-1, actions.unsqueeze(-1), by_log_prob)
+    if by_entropy:
+        negative = p * log_p  # entropy, each action's share of it
+        gradient -= by_entropy * (negative - p * negative.sum(-1, keepdim=True))
+    return gradient
+
+
 class Categorical:
     """One of n actions: a softmax over n logits. Actions (...) int64, from 0."""
 
@@ -91,6 +107,9 @@ class Categorical:
         # A gather, whose gradient is one kernel here and four there.
         nll = F.nll_loss(log_p.flatten(0, -2), actions.flatten(), reduction="none")
         return -nll.view(actions.shape), -(log_p.exp() * log_p).sum(-1)
+
+    def gradient(self, params: Tensor, actions: Tensor, by_log_prob: Tensor, by_entropy: float) -> Tensor:
+        return softmax_gradient(params, actions, by_log_prob, by_entropy)
 
     def to_env(self, actions: Tensor) -> np.ndarray:
         return actions.numpy(force=True) + self.start
@@ -119,6 +138,10 @@ class MultiCategorical:
         chosen = [part.gather(-1, column.unsqueeze(-1)) for part, column in zip(log_p, actions.unbind(-1))]
         log_p_all = torch.cat(log_p, -1)
         return torch.cat(chosen, -1).sum(-1), -(log_p_all.exp() * log_p_all).sum(-1)
+
+    def gradient(self, params: Tensor, actions: Tensor, by_log_prob: Tensor, by_entropy: float) -> Tensor:
+        parts = zip(params.split(self.sizes, -1), actions.unbind(-1))
+        return torch.cat([softmax_gradient(*part, by_log_prob, by_entropy) for part in parts], -1)
 
     def to_env(self, actions: Tensor) -> np.ndarray:
         return actions.numpy(force=True) + self.start
@@ -149,6 +172,10 @@ class Bernoulli:
         # H = p softplus(-x) + (1 - p) softplus(x) = softplus(x) - p x
         return log_prob, (F.softplus(params) - params.sigmoid() * params).sum(-1)
 
+    def gradient(self, params: Tensor, actions: Tensor, by_log_prob: Tensor, by_entropy: float) -> Tensor:
+        p = params.sigmoid()
+        return by_log_prob.unsqueeze(-1) * (actions - p) - by_entropy * params * p * (1 - p)
+
     def to_env(self, actions: Tensor) -> np.ndarray:
         return actions.numpy(force=True).astype(self.dtype).reshape(-1, *self.shape)
 
@@ -177,6 +204,13 @@ class Gaussian:
         constant = 0.5 * math.log(2 * math.pi)
         log_prob = (-0.5 * scaled.square() - log_std - constant).sum(-1)
         return log_prob, (log_std + 0.5 + constant).sum(-1)
+
+    def gradient(self, params: Tensor, actions: Tensor, by_log_prob: Tensor, by_entropy: float) -> Tensor:
+        mean, log_std = params.chunk(2, -1)
+        inverse, by_log_prob = (-log_std).exp(), by_log_prob.unsqueeze(-1)
+        scaled = (actions - mean) * inverse
+        by_log_std = by_log_prob * (scaled.square() - 1) + by_entropy
+        return torch.cat([by_log_prob * scaled * inverse, by_log_std], -1)
 
     def to_env(self, actions: Tensor) -> np.ndarray:
         array = actions.numpy(force=True).reshape(-1, *self.space.shape)
@@ -210,6 +244,15 @@ class SquashedGaussian(Gaussian):
             log_prob - log_slope(actions).sum(-1) - self.log_half,
             entropy + slopes.sum(-1) + self.log_half,
         )
+
+    def gradient(self, params: Tensor, actions: Tensor, by_log_prob: Tensor, by_entropy: float) -> Tensor:
+        gradient = super().gradient(params, actions, by_log_prob, by_entropy)
+        if by_entropy:
+            mean, log_std = (part.unsqueeze(-1) for part in params.chunk(2, -1))  # (..., A, 1)
+            noise, weights = log_std.exp() * _NODES.to(params), _WEIGHTS.to(params)
+            slopes = -2 * (mean + noise).tanh()  # of log_slope
+            gradient += by_entropy * torch.cat([slopes @ weights, (slopes * noise) @ weights], -1)
+        return gradient
 
     def to_env(self, actions: Tensor) -> np.ndarray:
         array = actions.tanh().numpy(force=True).reshape(-1, *self.space.shape)

@@ -19,7 +19,7 @@ from .agent import Agent, UnmadeEnv, map_tensors, random_streams, to_tensors
 from .distributions import make_distribution
 from .initialization import orthogonal
 from .normalization import RewardScaler
-from .policy import ActorCritic, Learner
+from .policy import ActorCritic, plain_learner
 from .small import in_numpy
 
 
@@ -157,7 +157,8 @@ class OnPolicyAgent(Agent):
                     settings.orthogonal_init,
                 )
             )
-        self.learner = Learner(self.network, self.observation_space, self.parameters, self.gradients)
+        gradient_of: dict[Tensor, Tensor] = dict(zip(self.parameters, self.gradients))
+        self.learner = plain_learner(self.network, self.observation_space, gradient_of)
         self.logits_of = in_numpy(self.network.encoder, self.network.policy_head, self.observation_space)
         self.reward_scaler = RewardScaler(self.config.num_envs, settings.gamma)
         self.obs: Any = None

@@ -1,6 +1,6 @@
 """A network with a policy and a value: what REINFORCE, A2C and PPO learn."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,7 +8,6 @@ from gymnasium import spaces
 from torch import Tensor, nn
 
 from ..vision import TanhMLP
-from ..vision.optimization import take_gradient
 from .agent import map_tensors
 from .distributions import Distribution
 from .initialization import orthogonal_
@@ -113,57 +112,49 @@ class ActorCritic(nn.Module):
         return torch.cat([logits, self.log_std.expand_as(logits)], -1)
 
 
-class Learner:
-    """An ActorCritic for a loss to call, which then writes the loss's gradient into `views`, one a parameter.
-
-    By autograd; but where policy and value are `plain` networks of their own autograd goes from the loss to
-    their outputs only, and `Layers` from there to the weights, in half of the time.
-    """
+class PlainLearner:
+    """Policy and value where they are `plain` networks of their own: outputs, and gradients by the chain
+    rule, in half of the time that autograd takes."""
 
     def __init__(
         self,
         network: ActorCritic,
-        space: spaces.Space,
-        parameters: Sequence[nn.Parameter],
-        views: Sequence[Tensor],
+        policy: Sequence[nn.Linear],
+        value: Sequence[nn.Linear],
+        gradient_of: Mapping[Tensor, Tensor],
     ):
-        self.network, self.parameters, self.views = network, parameters, views
-        self.gradient_of: dict[Tensor, Tensor] = dict(zip(parameters, views))
-        self.layers: tuple[Layers, Layers] | None = None
-        self.outputs: tuple[Tensor, Tensor]
-        trained = all(parameter in self.gradient_of for parameter in network.parameters())
-        if network.value_encoder is None or network.core is not None or not trained:
-            return
-        policy = plain(network.encoder, network.policy_head, space)
-        value = plain(network.value_encoder, network.value_head, space)
-        if policy and value:
-            tanh = isinstance(network.encoder, TanhMLP)
-            self.layers = Layers(policy, tanh, self.gradient_of), Layers(value, tanh, self.gradient_of)
+        """`gradient_of` says where the gradient of each parameter goes."""
+        tanh = isinstance(network.encoder, TanhMLP)
+        self.network, self.gradient_of = network, gradient_of
+        self.policy, self.value = Layers(policy, tanh, gradient_of), Layers(value, tanh, gradient_of)
 
-    def __call__(self, obs: Any, state: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """As `ActorCritic.forward`."""
-        if self.layers is None:
-            return self.network(obs, state, starts)
-        shape = starts.shape
-        with torch.no_grad():
-            x = obs.flatten(0, 1)
-            if self.network.normalizer is not None:
-                x = self.network.normalizer(x)
-            logits, values = (layers.forward(x) for layers in self.layers)
-            params = self.network.parameters_of(logits).unflatten(0, shape)
-        self.outputs = params.requires_grad_(), values.view(shape).requires_grad_()
-        return *self.outputs, state.expand(*shape, -1)
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
+        """Observations (T, N, n) -> parameters (T, N, P), values (T, N)."""
+        x = obs.flatten(0, 1)
+        if self.network.normalizer is not None:
+            x = self.network.normalizer(x)
+        params = self.network.parameters_of(self.policy.forward(x))
+        return params.unflatten(0, obs.shape[:2]), self.value.forward(x).view(obs.shape[:2])
 
-    def take_gradient(self, loss: Tensor) -> None:
-        """Write d loss / d parameters, of what the last call gave, into the views."""
-        if self.layers is None:
-            take_gradient(loss, self.parameters, self.views)
-            return
-        params, values = torch.autograd.grad(loss, self.outputs, materialize_grads=True)
-        with torch.no_grad():
-            policy, value = self.layers
-            logits, log_std = params.flatten(0, -2).tensor_split([self.network.policy_head.out_features], -1)
-            policy.backward(logits)
-            value.backward(values.reshape(-1, 1))
-            if self.network.log_std is not None:
-                torch.sum(log_std, 0, out=self.gradient_of[self.network.log_std])
+    def backward(self, by_params: Tensor, by_values: Tensor) -> None:
+        """d loss / d outputs of the last `forward` -> d loss / d parameters, where they go.
+
+        Steps at the end that the loss does not depend on may be left out.
+        """
+        logits, log_std = by_params.flatten(0, -2).tensor_split([self.network.policy_head.out_features], -1)
+        self.policy.backward(logits)
+        self.value.backward(by_values.reshape(-1, 1))
+        if self.network.log_std is not None:
+            torch.sum(log_std, 0, out=self.gradient_of[self.network.log_std])
+
+
+def plain_learner(
+    network: ActorCritic, space: spaces.Space, gradient_of: Mapping[Tensor, Tensor]
+) -> PlainLearner | None:
+    """For a network without memory or shared parts, all of whose parameters are trained; else None."""
+    trained = all(parameter in gradient_of for parameter in network.parameters())
+    if network.value_encoder is None or network.core is not None or not trained:
+        return None
+    policy = plain(network.encoder, network.policy_head, space)
+    value = plain(network.value_encoder, network.value_head, space)
+    return PlainLearner(network, policy, value, gradient_of) if policy and value else None

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..envs import VectorEnv
-from ..vision.optimization import adam_state, adam_step, clip_norm, linear, set_training
+from ..vision.optimization import adam_state, adam_step, clip_norm, linear, set_training, take_gradient
 from .agent import Report, Row, UnmadeEnv, map_tensors, passes
 from .distributions import Distribution
 from .on_policy import OnPolicyAgent, PolicyConfig, Rollout
-from .policy import ActorCritic, Learner
+from .policy import ActorCritic
 from .returns import gae
 
 
@@ -219,7 +219,7 @@ LOSSES = ("policy_loss", "value_loss", "entropy", "approx_kl", "clip_fraction")
 
 
 def ppo_loss(
-    network: ActorCritic | Learner,
+    network: ActorCritic,
     distribution: Distribution,
     batch: Batch,
     clip: float,
@@ -252,6 +252,49 @@ def ppo_loss(
         clipped = ((ratio - 1).abs() > clip).to(ratio.dtype)
         losses = torch.stack([policy_loss, value_loss, entropy, kl, clipped]).flatten(1).mean(1)
     return loss.mean(), losses
+
+
+def ppo_gradient(
+    params: Tensor,
+    values: Tensor,
+    distribution: Distribution,
+    batch: Batch,
+    clip: float,
+    config: PPOConfig,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """d `ppo_loss` / d params (T, N, P) and d values (T, N), in closed form, and `LOSSES` (5,).
+
+    Without autograd small networks learn in two thirds of the time.
+    """
+    log_probs, entropy = distribution.log_prob_entropy(params, batch.actions)
+    log_ratio = log_probs - batch.log_probs
+    ratio = log_ratio.exp()
+    advantages, count = batch.advantages, log_probs.numel()
+    if config.normalize_advantage and count > 1:
+        std, mean = torch.std_mean(advantages)
+        advantages = (advantages - mean) / (std + 1e-8)
+    error = values - batch.returns
+    value_loss = error.square()
+    if config.value_clip is not None:
+        near = batch.values + (values - batch.values).clamp(-config.value_clip, config.value_clip)
+        clipped_loss = (near - batch.returns).square()
+        error.masked_fill_(clipped_loss > value_loss, 0.0)  # which is so beyond the clip only
+        value_loss = torch.maximum(value_loss, clipped_loss)
+    sign = advantages.sign()
+    # As in `ppo_loss`; beyond the clip nothing is left of the gradient, which else is -A r.
+    reached, limit, size = sign * ratio, sign + clip, -advantages.abs()
+    by_log_prob = (size * reached).masked_fill_(reached > limit, 0.0).div_(count)
+    by_params = distribution.gradient(params, batch.actions, by_log_prob, -config.entropy_coefficient / count)
+    by_values = error * (2 * config.value_coefficient / count)
+    moved = ratio - 1
+    measured = [
+        size * torch.minimum(reached, limit),
+        value_loss,
+        entropy,
+        moved - log_ratio,
+        (moved.abs() > clip).to(ratio.dtype),
+    ]
+    return by_params, by_values, torch.stack(measured).flatten(1).mean(1)
 
 
 class PPO(OnPolicyAgent):
@@ -341,8 +384,7 @@ class PPO(OnPolicyAgent):
             if epoch and config.target_kl is not None and not going:
                 break
             for minibatch in self.minibatches(batch):
-                loss, losses = ppo_loss(self.learner, self.distribution, minibatch, clip, config)
-                self.learner.take_gradient(loss)
+                losses = self.take_gradient(minibatch, clip)
                 clip_norm(self.gradient, config.max_grad_norm)
                 if config.target_kl is None:
                     with self.paced():
@@ -356,6 +398,18 @@ class PPO(OnPolicyAgent):
         self.grad_step += int(count)
         set_training(self.modal, False)
         return sums, count
+
+    def take_gradient(self, minibatch: Batch, clip: float) -> Tensor:
+        """The loss's gradient, into `self.gradient`; `LOSSES` (5,)."""
+        if self.learner is None:
+            loss, losses = ppo_loss(self.network, self.distribution, minibatch, clip, self.config)
+            take_gradient(loss, self.parameters, self.gradients)
+            return losses
+        with torch.no_grad():
+            outputs = self.learner.forward(minibatch.obs)
+            *derivatives, losses = ppo_gradient(*outputs, self.distribution, minibatch, clip, self.config)
+            self.learner.backward(*derivatives)
+        return losses
 
     def minibatches(self, batch: Batch) -> Iterator[Batch]:
         """The rollout in random order: single steps, or, with memory, whole sequences."""

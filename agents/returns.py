@@ -13,6 +13,9 @@ torch.func.vmap, torch.compile and autograd.
 import torch
 from torch import Tensor
 
+FEW = 32
+"""Steps up to which going through them one by one takes fewer operations."""
+
 
 def discounted_returns(
     rewards: Tensor, next_values: Tensor, terminated: Tensor, truncated: Tensor, gamma: float
@@ -100,9 +103,15 @@ def _decay(ended: Tensor, factor: float, like: Tensor) -> Tensor:
 def _backwards(base: Tensor, decay: Tensor) -> Tensor:
     """x_t = base_t + decay_t x_{t+1}, all rows (T, ...); the last row is its base.
 
-    By doubling (Hillis and Steele 1986): after k rounds a row holds what it takes from the next 2^k rows,
-    and the decay that lies between. That is log2(T) rounds of a few operations instead of T of them.
+    Row by row where these are few. Else by doubling (Hillis and Steele 1986): after k rounds a row holds what
+    it takes from the next 2^k rows, and the decay that lies between. That is log2(T) rounds of eight
+    operations instead of T of them.
     """
+    if base.shape[0] <= FEW:
+        rows, decays = list(base.unbind()), decay.unbind()
+        for t in range(len(rows) - 2, -1, -1):
+            rows[t] = torch.addcmul(rows[t], decays[t], rows[t + 1])
+        return torch.stack(rows)
     x, span = base, 1
     while span < len(x):
         x = torch.cat([torch.addcmul(x[:-span], decay[: len(x) - span], x[span:]), x[-span:]])

@@ -68,6 +68,7 @@ class Layers:
     def __init__(self, linears: Sequence[nn.Linear], tanh: bool, gradient_of: Mapping[Tensor, Tensor]):
         """`gradient_of` says where the gradient of each parameter goes."""
         self.weights = [linear.weight.detach() for linear in linears]
+        self.turned = [weight.t() for weight in self.weights]
         self.biases = [linear.bias.detach() for linear in linears]
         self.gradients = [(gradient_of[linear.weight], gradient_of[linear.bias]) for linear in linears]
         self.tanh = tanh
@@ -77,16 +78,20 @@ class Layers:
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs) -> (B, outputs)."""
         self.inputs = [x]
-        for weight, bias in zip(self.weights[:-1], self.biases):
-            x = torch.addmm(bias, x, weight.t())
+        for weight, bias in zip(self.turned[:-1], self.biases):
+            x = torch.addmm(bias, x, weight)
             x = x.tanh_() if self.tanh else x.relu_()
             self.inputs.append(x)
-        return torch.addmm(self.biases[-1], x, self.weights[-1].t())
+        return torch.addmm(self.biases[-1], x, self.turned[-1])
 
     def backward(self, gradient: Tensor) -> None:
-        """d loss / d outputs (B, outputs) of the last `forward` -> d loss / d parameters, where they go."""
+        """d loss / d outputs of the last `forward` -> d loss / d parameters, where they go.
+
+        Rows at the end that the loss does not depend on may be left out.
+        """
+        rows = gradient.shape[0]
         for i in reversed(range(len(self.weights))):
-            x, (weight, bias) = self.inputs[i], self.gradients[i]
+            x, (weight, bias) = self.inputs[i][:rows], self.gradients[i]
             torch.mm(gradient.t(), x, out=weight)
             torch.sum(gradient, 0, out=bias)
             if i > 0:

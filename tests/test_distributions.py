@@ -74,6 +74,22 @@ def test_log_probabilities_and_entropies_are_torchs(kind, batch):
     torch.testing.assert_close(entropy, expected_entropy)
 
 
+@pytest.mark.parametrize("kind", SPACES)
+@pytest.mark.parametrize("by_entropy", [0.0, -0.3])
+def test_gradients_in_closed_form_are_autograds(kind, by_entropy):
+    distribution = build(kind)
+    params = parameters(distribution, 3, 4).double().requires_grad_()
+    actions = distribution.sample(params, distribution.noise((3, 4), torch.Generator().manual_seed(0)))
+    actions = actions.detach()
+    by_log_prob = torch.randn(3, 4, dtype=torch.float64)
+    log_prob, entropy = distribution.log_prob_entropy(params, actions)
+    loss = (by_log_prob * log_prob + by_entropy * entropy).sum()
+    (expected,) = torch.autograd.grad(loss, params)
+    with torch.no_grad():
+        got = distribution.gradient(params, actions, by_log_prob, by_entropy)
+    torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("log_std", [-3.0, -1.0, 0.0, 0.5])
 @pytest.mark.parametrize("mean", [0.0, 0.5, -2.0])
 def test_entropy_of_the_squashed_gaussian_is_its_integral(mean, log_std):

@@ -198,6 +198,17 @@ def test_more_axes_and_seeds_side_by_side(name):
 
 
 @pytest.mark.parametrize("name", list(FUNCTIONS))
+@pytest.mark.parametrize("steps", [1, 2, 6, 33])
+def test_doubling_gives_what_going_row_by_row_gives(name, steps, monkeypatch):
+    args = [x.double() if x.is_floating_point() else x for x in rollout(steps, 3)]
+    results = []
+    for few in (0, 100):
+        monkeypatch.setattr(returns, "FEW", few)
+        results.append(FUNCTIONS[name](*args))
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("name", list(FUNCTIONS))
 def test_gradients_reach_rewards_and_values(name):
     rewards, next_values, *ends = rollout(6, 2)
     inputs = [x.double().requires_grad_() for x in (rewards, next_values)]

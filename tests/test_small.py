@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from foveal.agents import A2C, DQN, PPO, load
+from foveal.agents.ppo import ppo_loss
 from foveal.agents.small import LARGEST, in_numpy, plain
 from foveal.vision import ENCODERS, MLP
 
@@ -65,9 +66,10 @@ def test_what_is_not_plain_is_left_to_torch():
             return 2 * super().features(x)
 
     assert plain(Mine(space), torch.nn.Linear(256, 2), space) is None
-    assert agent_of("mlp-tanh", recurrent="gru").learner.layers is None
-    assert agent_of("mlp-tanh", share_encoder=True).learner.layers is None
-    assert agent_of("mlp-tanh", encoder_learning_rate=0.0).learner.layers is None
+    assert agent_of("mlp-tanh").learner is not None
+    assert agent_of("mlp-tanh", recurrent="gru").learner is None
+    assert agent_of("mlp-tanh", share_encoder=True).learner is None
+    assert agent_of("mlp-tanh", encoder_learning_rate=0.0).learner is None
 
 
 @pytest.mark.parametrize("encoder", VECTOR)
@@ -76,23 +78,73 @@ def test_the_chain_rule_gives_autograds_gradient(encoder, normalize):
     """Of a loss of everything that the network gives, every parameter's; and the outputs themselves."""
     agent = agent_of(encoder, normalize_observations=normalize)
     network, learner = agent.network, agent.learner
-    assert learner.layers is not None
+    assert learner is not None
     torch.manual_seed(1)
     if network.normalizer is not None:
         network.normalizer.update(3 + torch.randn(4, 2, 3))
     obs, state, starts = torch.randn(4, 2, 3), torch.zeros(2, 0), torch.zeros(4, 2, dtype=torch.bool)
     targets = torch.randn(4, 2, 2), torch.randn(4, 2)
+    expected_outputs = network(obs, state, starts)[:2]
+    for steps in (4, 3):  # the last one, too, or not
+        parts = [part[:steps] for part in expected_outputs]
+        loss = (parts[0] - targets[0][:steps]).pow(3).mean() + (parts[1] * targets[1][:steps]).exp().mean()
+        expected = torch.autograd.grad(loss, agent.parameters, retain_graph=True)
+        agent.gradient.fill_(torch.nan)
+        with torch.no_grad():
+            for one, two in zip(learner.forward(obs), expected_outputs, strict=True):
+                torch.testing.assert_close(one, two)
+            learner.backward(*torch.autograd.grad(loss, parts, retain_graph=True))
+        for view, gradient in zip(agent.gradients, expected, strict=True):
+            assert gradient.abs().max() > 1e-4
+            torch.testing.assert_close(view, gradient, rtol=1e-3, atol=1e-6)
 
-    def loss(model):
-        params, values, states = model(obs, state, starts)
-        assert states.shape == (4, 2, 0)
-        return (params[:-1] - targets[0][:-1]).pow(3).mean() + (values * targets[1]).exp().mean()
 
-    expected_loss, got = loss(network), loss(learner)
-    torch.testing.assert_close(got, expected_loss)
-    expected = torch.autograd.grad(expected_loss, agent.parameters)
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("value_clip", [None, 0.3])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_ppos_gradient_in_closed_form_is_its_losss(env_id, value_clip, normalize):
+    settings = {"value_clip": value_clip, "normalize_advantage": normalize, "value_coefficient": 0.7}
+    config = PPO.Config(num_envs=2, num_steps=16, minibatch_size=32, entropy_coefficient=0.1, **settings)
+    agent: Any = PPO(env_id, config, encoder="mlp-tanh", device="cpu")
+    agent.start()
+    with torch.no_grad():  # a new policy's gradients are next to nothing
+        agent.weights.add_(0.1 * torch.randn_like(agent.weights))
+    batch = agent.advantages(agent.collect(16))
+    with torch.no_grad():  # other ratios than 1, some beyond the clip
+        batch = batch._replace(
+            log_probs=batch.log_probs + 0.3 * torch.randn(16, 2),
+            values=batch.values + 0.5 * torch.randn(16, 2),
+            advantages=torch.randn(16, 2),
+            returns=batch.values + torch.randn(16, 2),
+        )
+    loss, losses = ppo_loss(agent.network, agent.distribution, batch, 0.2, config)
+    expected = torch.autograd.grad(loss, agent.parameters)
+    assert 0.2 < losses[4] < 0.8, "clipped and not"
     agent.gradient.fill_(torch.nan)
-    learner.take_gradient(got)
+    torch.testing.assert_close(agent.take_gradient(batch, 0.2), losses)
+    for view, gradient in zip(agent.gradients, expected, strict=True):
+        assert gradient.abs().max() > 1e-4
+        torch.testing.assert_close(view, gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])
+@pytest.mark.parametrize("advantage", ["n-step", "gae"])
+def test_a2cs_gradient_in_closed_form_is_its_losss(env_id, advantage):
+    config = A2C.Config(
+        num_envs=3, num_steps=6, entropy_coefficient=0.1, advantage=advantage, normalize_advantage=True
+    )
+    agent: Any = A2C(env_id, config, encoder="mlp-tanh", device="cpu")
+    agent.start()
+    with torch.no_grad():  # a new policy's gradients are next to nothing
+        agent.weights.add_(0.1 * torch.randn_like(agent.weights))
+    rollout = agent.collect(6)
+    learner, agent.learner = agent.learner, None
+    losses = agent.take_gradient(rollout)  # by autograd
+    expected = [view.clone() for view in agent.gradients]
+    agent.gradient.fill_(torch.nan)
+    agent.learner = learner
+    assert learner is not None
+    torch.testing.assert_close(agent.take_gradient(rollout), losses)
     for view, gradient in zip(agent.gradients, expected, strict=True):
         assert gradient.abs().max() > 1e-4
         torch.testing.assert_close(view, gradient, rtol=1e-3, atol=1e-6)
