@@ -1,6 +1,7 @@
 """Train an agent into a run folder: log, evaluate, checkpoint, stop, resume, and show what came out."""
 
 import json
+import math
 import shlex
 import sys
 import time
@@ -8,12 +9,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from gymnasium import spaces
 
 from ..agents import AGENTS, Agent, TabularAgent, load, newest_first, save_checkpoint, sweep
-from ..agents.agent import passes
+from ..agents.agent import Row, passes
 from ..agents.progress import progress as progress_display
 from ..envs import grid_map, make_vec
 from ..vision import find_weights, is_image, read_weights
@@ -64,7 +64,8 @@ class Options(RunOptions):
     log_every: int = 1_000
     """Environment steps between two rows of metrics."""
     eval_every: int | None = None
-    """Environment steps between two evaluations, which choose the best checkpoint; 0 for none.
+    """Environment steps between two evaluations, which choose the best checkpoint: the longest trained of
+    those at most a standard error below the best mean; 0 for none.
     By default a twentieth of the training, but no less than 5,000."""
     eval_episodes: int = 20
     """Episodes of such an evaluation."""
@@ -220,7 +221,7 @@ def _train(run: Run, agent: Agent, options: Options) -> Run:
     checkpoints = run.path / "checkpoints"
     before = saved = agent.env_step
     past = [row for row in run.rows() if row["env_step"] <= before]
-    best = max((row["eval/return_mean"] for row in past if "eval/return_mean" in row), default=-np.inf)
+    best: Row | None = max((row for row in past if "eval/return_mean" in row), key=_mean, default=None)
     wall_s = max((row["time/wall_s"] for row in past), default=0.0)
     clock = time.perf_counter() - wall_s
     label = f"{agent.name} {options.env_id} seed {options.seed}"
@@ -234,15 +235,16 @@ def _train(run: Run, agent: Agent, options: Options) -> Run:
             if cadence and (passes(cadence, before, now) or end):
                 result = evaluate(agent, options.eval_episodes, seed=validation_seed(options.seed))
                 row |= evaluation_row(result)
-                # Of equals the one that was trained for longer, and what is exact whatever its luck.
-                if result["eval/return_mean"] >= best or agent.converged:
-                    best = result["eval/return_mean"]
+                # What is exact is so whatever its luck.
+                if best is None or is_as_good(row, best) or agent.converged:
                     (checkpoints / "best").mkdir(exist_ok=True)
                     agent.save(checkpoints / "best" / "weights.safetensors")
+                best = row if best is None else max(row, best, key=_mean)
             wall_s = row["time/wall_s"] = time.perf_counter() - clock
             run.log(row)
             show(row)
-            end = end or (options.target_score is not None and best >= options.target_score)
+            if options.target_score is not None and best is not None:
+                end = end or _mean(best) >= options.target_score
             stopped = stop() and not end
             if passes(options.checkpoint_every, before, now) or end or stopped:
                 save_checkpoint(agent, checkpoints)
@@ -259,6 +261,19 @@ def _train(run: Run, agent: Agent, options: Options) -> Run:
     _conclude(run, agent, options, wall_s)
     run.finish("finished")
     return run
+
+
+def is_as_good(row: Row, best: Row) -> bool:
+    """Whether an evaluation is at most a standard error below the best one before it.
+
+    A few episodes tell neighbouring checkpoints apart by luck, and the luckiest of twenty is a poor choice:
+    of those that are as good as the best, the one that was trained for longest is taken.
+    """
+    return _mean(row) >= _mean(best) - best["eval/return_std"] / math.sqrt(best["eval/episodes"])
+
+
+def _mean(row: Row) -> float:
+    return row["eval/return_mean"]
 
 
 def default_threads(space: spaces.Space) -> int:

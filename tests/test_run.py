@@ -388,3 +388,37 @@ def test_tracking_off_never_imports_wandb(tmp_path):
         "assert 'wandb' not in sys.modules and not (run.path / 'wandb').exists()\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_chosen_checkpoint_is_the_longest_trained_of_the_best(tmp_path, monkeypatch):
+    """Of those at most a standard error of the best below it, whatever comes later; also after a resume."""
+    from foveal.agents import A2C, load
+    from foveal.runs import train as training
+
+    # Mean and deviation of 4 episodes: half the deviation is the standard error.
+    scores = [(10.0, 4.0), (20.0, 4.0), (17.9, 0.0), (18.5, 40.0), (17.5, 40.0), (17.0, 0.0)]
+    row = {"eval/episodes": 4, "eval/length_mean": 1.0, "eval/return_ci95": [0.0, 0.0], "eval/returns": []}
+    calls: list[int] = []
+
+    def evaluate(agent, episodes, seed=None):
+        if seed is None:  # the final score
+            return {**row, "eval/return_mean": 0.0, "eval/return_std": 0.0}
+        calls.append(agent.env_step)
+        mean, std = scores[agent.env_step // 40 - 1]
+        return {**row, "eval/return_mean": mean, "eval/return_std": std}
+
+    monkeypatch.setattr(training, "evaluate", evaluate)
+    options = training.Options(
+        results=tmp_path, total_steps=240, eval_every=40, log_every=40, checkpoint_every=120,
+        video=False, track="off", progress=False, device="cpu", final_episodes=1,
+    )  # fmt: skip
+    run = training.train("a2c", options, A2C.recipe("CartPole-v1"))
+    assert calls == [40, 80, 120, 160, 200, 240]
+    best = run.path / "checkpoints" / "best" / "weights.safetensors"
+    assert load(best).env_step == 160
+    # From step 120 on: what was best before is known from the rows.
+    shutil.rmtree(run.path / "checkpoints" / "step-000000000240")
+    calls.clear()
+    again = training.resume(run.path, None, None, progress=False)
+    assert calls == [160, 200, 240]
+    assert again.summary["eval/env_step"] == load(best).env_step == 160

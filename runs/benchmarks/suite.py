@@ -7,8 +7,8 @@
 
 A cell is one agent, one environment and one seed, trained on the CPU by `foveal train`'s own code with the
 agent's recipe for the environment (Stable-Baselines3's agents have its zoo's), one thread, in a process and a
-run folder of its own. Its two scores are the mean of 100 fresh episodes: of the weights that did best in
-validation (chosen), and of the last ones. The suite may run several times at once: each takes the cells that
+run folder of its own. Its two scores are the mean of 100 fresh episodes: of the weights that validation chose
+and of the last ones. The suite may run several times at once: each takes the cells that
 no other has. Ctrl-C and SIGTERM stop the cells that run, which go on from there at the next start where their
 agent can, and else begin anew.
 """
