@@ -9,6 +9,7 @@ from .model import Generative, Learner, Moment
 from .pixelcnn import PixelCNN, PixelCNNConfig
 from .pixelrnn import PixelRNN, PixelRNNConfig
 from .vae import VAE, VAEConfig
+from .world_model import WorldModel, WorldModelConfig
 
 __all__ = [
     "GAN",
@@ -27,6 +28,8 @@ __all__ = [
     "PixelRNN",
     "PixelRNNConfig",
     "VAEConfig",
+    "WorldModel",
+    "WorldModelConfig",
     "bits_per_dim",
     "discretized_logistic_log_prob",
     "independent_pixels",

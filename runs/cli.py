@@ -138,7 +138,9 @@ def train_model(name: str, rest: list[str]) -> int:
 
         return check_classifier(options, config, given.checks.find_lr, given.checks.overfit_one_batch)
     if given.several.seeds > 1:
-        make_model(name, options, config, open_dataset(options))  # what cannot be taken is told once, here
+        make_model(
+            name, options, config, open_dataset(options, name)
+        )  # what cannot be taken is told once, here
         headline = getattr(MODELS[name], "headline", "test/error")
         return train_seeds(name, rest, options, given.several.seeds, given.several.jobs, headline)
     run = fit(name, options, config)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import tyro
+from gymnasium import spaces
 from gymnasium.vector.utils import batch_space
 
 from ..agents import load
@@ -52,20 +53,35 @@ class Collect:
             raise ValueError(f"out: there is no folder {self.out.parent}")
 
 
+class Play(NamedTuple):
+    """What was seen, in the order in which it was: of N environments in turn, a step after the other."""
+
+    frames: np.ndarray
+    """(F, C, H, W) uint8."""
+    high: int
+    """Their largest possible value."""
+    num_envs: int
+    """N."""
+    steps: dict[str, np.ndarray]
+    """What came after each frame: `actions` (F,) int64 from 0, true `rewards` (F,) float32, `terminated` and
+    `truncated` (F,) bool. Empty where frames were left out, or actions are not Discrete."""
+    num_actions: int = 0
+    """Where there are steps."""
+
+
 def collect(given: Collect) -> int:
-    frames, high = play(given)
-    write(given.out, frames, high)
-    shape = "x".join(map(str, frames.shape[1:]))
-    say(f"{len(frames):,} frames of {shape}, values to {high}: {given.out}")
+    played = play(given)
+    write(given.out, played)
+    shape = "x".join(map(str, played.frames.shape[1:]))
+    say(f"{len(played.frames):,} frames of {shape}, values to {played.high}: {given.out}")
     say(f"to train on them: foveal train vae --dataset {given.out}")
+    if played.steps:
+        say(f"and then: foveal train world-model --dataset {given.out} --vae RUN")
     return 0
 
 
-def play(given: Collect) -> tuple[np.ndarray, int]:
-    """Observations (N, C, H, W) uint8 in the order in which they were seen, and their largest possible value.
-
-    Raises ValueError where the environment shows no uint8 images.
-    """
+def play(given: Collect) -> Play:
+    """What the policy sees and does. ValueError where the environment shows no uint8 images."""
     agent: Any = None if given.policy == "random" else load(Path(given.policy), device=given.device)
     spec: dict[str, Any] = {} if agent is None else agent.env_spec()
     spec = {**spec, "num_envs": given.num_envs, "seed": given.seed, "training": False, "render_mode": None}
@@ -78,9 +94,14 @@ def play(given: Collect) -> tuple[np.ndarray, int]:
         if agent is not None and agent.observation_space != space:
             seen = agent.observation_space
             raise ValueError(f"policy: {given.policy} sees {seen}, {spec['env_id']} shows {space}")
-        actions = batch_space(env.single_action_space, env.num_envs)
+        action_space: Any = env.single_action_space
+        actions = batch_space(action_space, env.num_envs)
         actions.seed(given.seed)
+        whole = given.every == 1 and isinstance(action_space, spaces.Discrete)
         kept: list[np.ndarray] = []
+        after: dict[str, list[np.ndarray]] = {
+            name: [] for name in ("actions", "rewards", "terminated", "truncated")
+        }
         obs, state, first = env.reset(), None, np.ones(env.num_envs, np.bool_)
         step = 0
         while len(kept) * env.num_envs < given.frames:
@@ -91,18 +112,33 @@ def play(given: Collect) -> tuple[np.ndarray, int]:
             else:
                 chosen, state = agent.predict(obs, state, first, deterministic=False)
             taken = env.step(chosen)
+            if whole:
+                after["actions"].append(np.asarray(chosen, np.int64) - int(action_space.start))
+                after["rewards"].append(taken.rewards)
+                after["terminated"].append(taken.terminated)
+                after["truncated"].append(taken.truncated)
             obs, first, step = taken.obs, taken.reset, step + 1
-    return np.concatenate(kept)[: given.frames], int(space.high.max())
+    frames = np.concatenate(kept)[: given.frames]
+    steps = {name: np.concatenate(part)[: given.frames] for name, part in after.items() if part}
+    count = int(action_space.n) if whole else 0
+    return Play(frames, int(space.high.max()), given.num_envs, steps, count)
 
 
-def write(path: Path, frames: np.ndarray, high: int) -> None:
-    """Frames as a dataset of one class: the last fifth to test, half as many before them to validate.
+def write(path: Path, played: Play) -> None:
+    """Frames as a dataset of one class: the last fifth to test, half as many before them to validate; and
+    under the same prefixes what came after each of them.
 
-    Cut by time, since frames chosen at random would have their neighbours among those trained on.
+    Cut by time, since frames chosen at random would have their neighbours among those trained on; and between
+    two steps of all environments.
     """
+    frames, envs = played.frames, played.num_envs
     test = len(frames) // 5
-    cuts = np.split(frames, [len(frames) - test - test // 2, len(frames) - test])
-    parts: dict[str, Any] = {"high": np.array(high)}
-    for name, part in zip(("", "val_", "test_"), cuts):
-        parts |= {f"{name}images": part, f"{name}labels": np.zeros(len(part), np.int64)}
+    cuts = [cut - cut % envs for cut in (len(frames) - test - test // 2, len(frames) - test)]
+    parts: dict[str, Any] = {"high": np.array(played.high)}
+    if played.steps:
+        parts |= {"num_envs": np.array(envs), "num_actions": np.array(played.num_actions)}
+    pieces = {name: np.split(array, cuts) for name, array in played.steps.items()}
+    for number, (prefix, part) in enumerate(zip(("", "val_", "test_"), np.split(frames, cuts))):
+        parts |= {f"{prefix}images": part, f"{prefix}labels": np.zeros(len(part), np.int64)}
+        parts |= {prefix + name: piece[number] for name, piece in pieces.items()}
     np.savez_compressed(path, **parts)

@@ -12,7 +12,17 @@ import torch
 
 from ..agents import RAM, newest_first, save_checkpoint, sweep
 from ..agents.progress import progress as progress_display
-from ..generative import GAN, VAE, Autoencoder, Generative, ImageTransformer, PixelCNN, PixelRNN
+from ..generative import (
+    GAN,
+    VAE,
+    Autoencoder,
+    Generative,
+    ImageTransformer,
+    PixelCNN,
+    PixelRNN,
+    WorldModel,
+)
+from ..generative.world_model import read_experience
 from ..vision import (
     KNN,
     Classifier,
@@ -54,6 +64,7 @@ MODELS: dict[str, type[Model]] = {
     "pixelrnn": PixelRNN,
     "image-transformer": ImageTransformer,
     "gan": GAN,
+    "world-model": WorldModel,
 }
 """What `foveal train` trains on images."""
 DRAWN = ("dynamic", "fixed")
@@ -68,6 +79,7 @@ CONCLUSIONS: dict[str, Callable[[Run, Any, Dataset, float], None]] = {
     "pixelrnn": conclude_generative,
     "image-transformer": conclude_generative,
     "gan": conclude_gan,
+    "world-model": conclude_generative,
 }
 """Model -> what scores it on the test images, and draws it."""
 
@@ -149,8 +161,8 @@ class FitOptions(RunOptions):
             )
 
 
-def open_dataset(options: FitOptions) -> Dataset:
-    """The dataset that a run asks for."""
+def open_dataset(options: FitOptions, name: str = "classifier") -> Dataset:
+    """The dataset that a run of the model `name` asks for."""
     validation = 0.0 if options.folds is not None else options.validation
     dataset = load_dataset(
         options.dataset,
@@ -179,7 +191,9 @@ def open_dataset(options: FitOptions) -> Dataset:
     if options.binarize is not None:
         how: Any = options.binarize
         dataset = binarize(dataset, how if how in DRAWN else int(how))
-    return dataset if options.levels is None else quantize(dataset, options.levels)
+    if options.levels is not None:
+        dataset = quantize(dataset, options.levels)
+    return read_experience(dataset, options.dataset) if name == WorldModel.name else dataset
 
 
 def make_model(name: str, options: FitOptions, config: Any, dataset: Dataset) -> Model:
@@ -217,7 +231,7 @@ def fit(name: str, options: FitOptions, config: Any) -> Run:
     Raises ValueError or OSError, before any folder is made, for whatever cannot be taken.
     """
     torch.set_num_threads(options.threads or ALL_THREADS)
-    dataset = open_dataset(options)
+    dataset = open_dataset(options, name)
     model = make_model(name, options, config, dataset)
     run = create_run(
         options.results,
@@ -265,7 +279,7 @@ def resume_fit(path: Path, epochs: float | None, checkpoint: str | None, progres
         raise ValueError(
             f"{path} is finished: {stored.epochs:g} epochs are done; to train it further, give more --epochs"
         )
-    dataset = open_dataset(options)
+    dataset = open_dataset(options, run.config["agent"])
     if dataset.digest != run.config["dataset"]["sha256"]:
         raise ValueError(f"{path} was trained on other images than {options.dataset} now is")
     model, _, chosen = load_chosen(
@@ -382,7 +396,7 @@ def load_run(
         data_dir=data_dir or options.data_dir,
         extractor=extractor or options.extractor,
     )
-    found = open_dataset(options)
+    found = open_dataset(options, name)
     check_dataset(found, model.space, model.classes)
     equip(model, options, found)
     return model, found

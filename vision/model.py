@@ -116,13 +116,7 @@ class Model:
             raise ValueError(f"{path} holds a {what!r}, not a {cls.name!r}")
         try:
             config = {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
-            model = cls(
-                space_from_json(description["space"]),  # type: ignore[arg-type]
-                tuple(description["classes"]),
-                cls.Config(**config),
-                seed=description["seed"],
-                device=device,
-            )
+            model = cls.rebuild(description, cls.Config(**config), device)
             model.grad_step = description["grad_step"]
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} does not describe a {cls.name} of this version: {error}") from error
@@ -131,6 +125,18 @@ class Model:
         except RuntimeError as error:
             raise ValueError(f"{path} is of another architecture: {error}") from error
         return model
+
+    @classmethod
+    def rebuild(cls, description: dict[str, Any], config: Any, device: str) -> Self:
+        """The model that a file describes, without its weights yet."""
+        space, classes, seed = cls.described(description)
+        return cls(space, classes, config, seed=seed, device=device)
+
+    @staticmethod
+    def described(description: dict[str, Any]) -> tuple[spaces.Box, tuple[str, ...], int]:
+        """Space, classes and seed of what a file describes."""
+        space: Any = space_from_json(description["space"])
+        return space, tuple(description["classes"]), description["seed"]
 
     def load_weights(self, tensors: dict[str, Tensor]) -> None:
         """Undo `weights`. Raises RuntimeError where they do not fit."""
