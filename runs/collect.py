@@ -126,18 +126,20 @@ def play(given: Collect) -> Play:
 
 def write(path: Path, played: Play) -> None:
     """Frames as a dataset of one class: the last fifth to test, half as many before them to validate; and
-    under the same prefixes what came after each of them.
+    under the same prefixes what came after each of them, where there are enough for whole steps of all
+    environments in each part.
 
-    Cut by time, since frames chosen at random would have their neighbours among those trained on; and between
-    two steps of all environments.
+    Cut by time, since frames chosen at random would have their neighbours among those trained on.
     """
     frames, envs = played.frames, played.num_envs
     test = len(frames) // 5
-    cuts = [cut - cut % envs for cut in (len(frames) - test - test // 2, len(frames) - test)]
+    cuts = [len(frames) - test - test // 2, len(frames) - test]
+    whole = [cut - cut % envs for cut in cuts]
     parts: dict[str, Any] = {"high": np.array(played.high)}
-    if played.steps:
+    pieces: dict[str, list[np.ndarray]] = {}
+    if played.steps and 0 < whole[0] < whole[1]:
         parts |= {"num_envs": np.array(envs), "num_actions": np.array(played.num_actions)}
-    pieces = {name: np.split(array, cuts) for name, array in played.steps.items()}
+        cuts, pieces = whole, {name: np.split(array, whole) for name, array in played.steps.items()}
     for number, (prefix, part) in enumerate(zip(("", "val_", "test_"), np.split(frames, cuts))):
         parts |= {f"{prefix}images": part, f"{prefix}labels": np.zeros(len(part), np.int64)}
         parts |= {prefix + name: piece[number] for name, piece in pieces.items()}
