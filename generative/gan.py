@@ -4,6 +4,7 @@ Goodfellow et al. 2014 (1406.2661): minimax and non-saturating losses. Mao et al
 least squares. Arjovsky et al. 2017 (1701.07875): Wasserstein, weights clipped. Gulrajani et al. 2017
 (1704.00028): gradient penalty. Lim and Ye 2017 (1705.02894): hinge, with Miyato's spectral
 normalisation (1802.05957). The average of the generator's weights: Yazici et al. 2018 (1806.04498).
+Growing networks: Karras et al. 2017 (1710.10196).
 """
 
 import contextlib
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from ..vision import Dataset
 from .gan_networks import Architecture, Conditional, CriticNorm, make_critic, make_generator
+from .growing import faded, stage_of
 from .metrics import Extractor, class_accuracy, class_shares, compare, fid, memorised, nearest
 from .model import Generative, Learner, Moment
 
@@ -47,6 +49,9 @@ class GANConfig:
     makes an image's gradient depend on the others'."""
     spectral_norm: bool = False
     """Divide each of the critic's weights by its largest singular value."""
+    growing: float = 0.0
+    """Share of the training over which both networks of dcgan grow from the smallest map to whole images, in
+    [0, 1), each size trained for as long as the next one fades in; 0: whole from the start."""
     batch_size: int = 64
     """Real images, and as many made ones, in one step."""
     n_critic: int = 1
@@ -87,9 +92,11 @@ class GANConfig:
         for name in ("gradient_penalty", "auxiliary"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        for name in ("beta1", "beta2", "ema"):
+        for name in ("beta1", "beta2", "ema", "growing"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and less than 1, got {getattr(self, name)}")
+        if self.growing and self.architecture != "dcgan":
+            raise ValueError(f"growing takes architecture dcgan, got {self.architecture}")
         if self.loss == "wgan-gp" and self.critic_norm == "batch" and self.architecture != "mlp":
             raise ValueError(
                 "critic_norm must be layer or none with loss wgan-gp, got batch: "
@@ -206,10 +213,13 @@ class GAN(Generative):
                 f"conditional {config.conditional} needs two classes or more, got {len(self.classes)}"
             )
         classes = len(self.classes) if self.conditional else 0
-        generator = make_generator(config.architecture, shape, classes, config.latent_size, config.width)
+        generator = make_generator(
+            config.architecture, shape, classes, config.latent_size, config.width,
+            config.growing > 0,
+        )  # fmt: skip
         critic = make_critic(
             config.architecture, shape, classes, config.conditional, config.width, config.critic_norm,
-            config.spectral_norm,
+            config.spectral_norm, config.growing > 0,
         )  # fmt: skip
         self.extractor: Extractor | None = None
         """What samples are measured with, where that is wanted."""
@@ -235,6 +245,8 @@ class GAN(Generative):
 
     def update(self, images: Tensor, labels: Tensor, moment: Moment) -> Tensor:
         real = (images.float() * (2 / self.high) - 1).contiguous(memory_format=torch.channels_last)
+        if self.config.growing:
+            real = self.grow(real, moment.progress)
         rate = self.rate_at(moment.progress)
         measured, fake = self.critic_step(real, labels, rate)
         if (moment.step + 1) % self.config.n_critic == 0:
@@ -243,6 +255,13 @@ class GAN(Generative):
             order = labels.argsort()
             fake, real = fake[order], real[order]
         return torch.stack([*measured[:3], *self.last, diversity(fake, real), *measured[3:]])
+
+    def grow(self, real: Tensor, progress: float) -> Tensor:
+        """Put both networks where they are to be by now; real images as fine as made ones can be there."""
+        bodies: Any = self.generator.body, self.critic.body
+        for body in bodies:
+            body.stage.fill_(stage_of(progress, self.config.growing, body.count))
+        return faded(real, bodies[0].count, *bodies[0].at())
 
     def critic_step(self, real: Tensor, labels: Tensor, rate: float) -> tuple[list[Tensor], Tensor]:
         """One step of the critic on images (B, C, H, W) in [-1, 1] and labels (B,): what was measured, and

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from .growing import GrowingCritic, GrowingGenerator
+
 Architecture = Literal["mlp", "dcgan", "resnet"]
 Conditional = Literal["embedding", "projection", "acgan"]
 CriticNorm = Literal["none", "batch", "layer"]
@@ -142,10 +144,21 @@ def make_norm(norm: CriticNorm, channels: int) -> nn.Module:
     return nn.GroupNorm(1, channels) if norm == "layer" else nn.Identity()
 
 
+def growing_sizes(width: int, count: int) -> list[int]:
+    """Channels of a growing network's maps, the smallest one's first."""
+    return [*(width * min(2**level, 8) for level in reversed(range(count))), max(1, width // 2)]
+
+
 def make_generator(
-    architecture: Architecture, shape: tuple[int, int, int], classes: int, latent_size: int, width: int
+    architecture: Architecture,
+    shape: tuple[int, int, int],
+    classes: int,
+    latent_size: int,
+    width: int,
+    growing: bool = False,
 ) -> Generator:
-    """A generator of images of a shape (C, H, W); `classes` is 0 where no label is wanted.
+    """A generator of images of a shape (C, H, W); `classes` is 0 where no label is wanted. One of the
+    architecture dcgan may be `growing`.
 
     Raises ValueError for a shape that the architecture cannot make.
     """
@@ -153,7 +166,7 @@ def make_generator(
     inputs = 2 * latent_size if classes else latent_size
     if architecture == "mlp":
         units = 8 * width
-        body = nn.Sequential(
+        body: nn.Module = nn.Sequential(
             nn.Linear(inputs, units),
             nn.LeakyReLU(0.2),
             nn.Linear(units, units),
@@ -164,6 +177,11 @@ def make_generator(
         )
         return Generator(latent_size, classes, body)
     count, h, w = doublings(height, width_px)
+    if growing:
+        body = GrowingGenerator(inputs, growing_sizes(width, count), (h, w), channels)
+        generator = Generator(latent_size, classes, body)
+        generator.apply(dcgan_init)
+        return generator
     if architecture == "dcgan":
         sizes = [width * min(2**level, 8) for level in reversed(range(count))]
         layers: list[nn.Module] = [
@@ -195,6 +213,7 @@ def make_critic(
     width: int,
     norm: CriticNorm,
     spectral: bool,
+    growing: bool = False,
 ) -> Critic:
     """A critic of images of a shape (C, H, W). `spectral` divides every weight by its largest singular value,
     found by one power iteration a forward pass. Raises ValueError as `make_generator` does."""
@@ -209,6 +228,11 @@ def make_critic(
             nn.Linear(units, units),
             nn.LeakyReLU(0.2),
         )
+    elif growing:
+        count, h, w = doublings(*shape[1:])
+        sizes = growing_sizes(width, count)
+        body = GrowingCritic(inputs, sizes, [make_norm(norm, size) for size in sizes[:-1]])
+        features = sizes[0] * h * w
     elif architecture == "dcgan":
         count, h, w = doublings(*shape[1:])
         sizes = [inputs, *(width * min(2**level, 8) for level in range(count))]

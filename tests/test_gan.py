@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from foveal.generative.gan_networks import (
     make_critic,
     make_generator,
 )
+from foveal.generative.growing import WHOLE, GrowingCritic, faded, stage_of
 from foveal.vision import Dataset, load_dataset
 
 TINY = {"width": 4, "latent_size": 8, "batch_size": 16}
@@ -367,9 +369,16 @@ def test_looking_at_samples_changes_nothing(digits: Dataset) -> None:
 
 @pytest.mark.parametrize(("loss", "architecture", "conditional"), [
     ("wgan-gp", "dcgan", None), ("hinge", "resnet", "projection"), ("non-saturating", "dcgan", "acgan"),
+    ("hinge", "growing", None),
 ])  # fmt: skip
 def test_a_resumed_training_is_the_one_that_never_stopped(digits, tmp_path, loss, architecture, conditional):
-    choices = {"architecture": architecture, "conditional": conditional, "n_critic": 2}
+    growing = 0.9 if architecture == "growing" else 0.0  # so that it stops in the middle of a fade
+    choices = {
+        "architecture": "dcgan" if growing else architecture,
+        "conditional": conditional,
+        "n_critic": 2,
+    }
+    choices |= {"growing": growing}
     whole = made(digits, loss, **choices)
     rows = list(whole.training(digits, 4, log_every=3))
     stopped = made(digits, loss, **choices)
@@ -464,3 +473,83 @@ def test_recipes_are_of_every_loss() -> None:
     assert set(gan.RECIPES) == set(LOSSES)
     for loss in LOSSES:
         assert GAN.recipe(loss).loss == loss
+
+
+# Growing
+
+
+GROWN: dict[str, Any] = {"growing": 0.5, "width": 8}
+
+
+@pytest.fixture(scope="module")
+def growing() -> GAN:
+    data = load_dataset("digits", train_size=80, size=16)  # 4, 8 and 16 pixels
+    return made(data, "wgan-gp", **GROWN).fit(data, 2)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_a_block_that_has_not_faded_in_leaves_the_smaller_network(growing: GAN, level: int) -> None:
+    body, critic = growing.generator.body.double(), growing.critic.body.double()
+    noise, images = torch.randn(3, 8).double(), torch.randn(3, 1, 16, 16).double()
+    with torch.no_grad():
+        smaller = body.draw(noise, level - 1, 1.0)
+        assert torch.equal(body.draw(noise, level, 0.0), smaller)
+        blocks = smaller.unflatten(2, (-1, 2 ** (3 - level))).unflatten(4, (-1, 2 ** (3 - level)))
+        assert torch.equal(blocks, blocks[:, :, :, :1, :, :1].expand_as(blocks))  # enlarged
+        grown, half = body.draw(noise, level, 1.0), body.draw(noise, level, 0.5)
+        assert torch.allclose(half, (smaller + grown) / 2)
+        assert not torch.allclose(smaller, grown)
+        assert torch.allclose(critic.look(images, level, 0.0), critic.look(images, level - 1, 1.0))
+        assert not torch.allclose(critic.look(images, level, 1.0), critic.look(images, level - 1, 1.0))
+    growing.generator.body.float(), growing.critic.body.float()
+
+
+def test_the_end_of_a_fade_is_the_grown_network(growing: GAN) -> None:
+    body = growing.generator.body
+    noise = torch.randn(3, 8)
+    with torch.no_grad():
+        body.stage.fill_(2 * WHOLE - 1)
+        almost = body(noise)
+        body.stage.fill_(2 * WHOLE)
+        assert torch.equal(body(noise), body.draw(noise, 2, 1.0))
+        assert (body(noise) - almost).abs().max() < 3 / WHOLE
+
+
+def test_each_size_is_trained_for_as_long_as_the_next_one_fades_in() -> None:
+    stages = [
+        stage_of(progress, 0.8, 2) / WHOLE for progress in (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.99)
+    ]
+    assert stages == pytest.approx([0, 0, 0, 0.5, 1, 1, 1, 1.5, 2, 2], abs=2 / WHOLE)
+    body = GrowingCritic(1, [4, 4, 4], [nn.Identity(), nn.Identity()])
+    for stage, (level, alpha) in ((0, (0, 1)), (1, (1, 1 / WHOLE)), (WHOLE, (1, 1)), (1.5 * WHOLE, (2, 0.5))):
+        body.stage.fill_(int(stage))
+        assert body.at() == (level, alpha)
+
+
+def test_real_images_are_no_finer_than_made_ones() -> None:
+    x = torch.randn(2, 1, 16, 16)
+    assert torch.equal(faded(x, 2, 2, 1.0), x)
+    coarse = faded(x, 2, 1, 1.0)
+    assert torch.allclose(
+        coarse, torch.nn.functional.avg_pool2d(x, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    )
+    assert torch.allclose(faded(x, 2, 2, 0.25), 0.25 * x + 0.75 * coarse)
+
+
+def test_a_growing_gan_is_saved_at_the_size_that_it_has(tmp_path) -> None:
+    data = load_dataset("digits", train_size=80, size=16)
+    gan = made(data, **GROWN)
+    seen = []
+    for row in gan.training(data, 4, log_every=2):
+        seen.append(gan.generator.body.at())
+        if row["grad_step"] == 4:
+            break
+    assert seen[0][0] == 0
+    assert 0 < seen[-1][1] < 1
+    again = GAN.load(gan.save(tmp_path / "growing.safetensors"), device="cpu")
+    assert again.generator.body.at() == seen[-1]
+    assert torch.equal(again.sample(4, again.fixed_noise()), gan.sample(4, gan.fixed_noise()))
+    gan.fit(data, 4)
+    assert gan.generator.body.at() == (2, 1.0)
+    with pytest.raises(ValueError, match="growing takes architecture dcgan, got mlp"):
+        made(data, growing=0.5, architecture="mlp")

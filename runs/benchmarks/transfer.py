@@ -4,10 +4,11 @@
     python -m foveal.runs.benchmarks.transfer --report   # the table of what is there, as Markdown
 
 A classifier with the encoder `minatar-norm` learns, on frames of a random policy, how far the ball is from
-the paddle. Its encoder then goes into PQN in four ways, each with the same seeds and 200,000 environment
-steps: `end-to-end` does not use it, `random-frozen` keeps a random encoder as it is, `pretrained-frozen` and
-`pretrained-finetuned` start from the classifier's. The score is the mean of 100 fresh episodes of the last
-weights. One thread; a cell is one variant and one seed.
+the paddle; a VAE with the same encoder learns the frames themselves. The encoder then goes into PQN in four
+ways, each with the same seeds and 200,000 environment steps: `end-to-end` does not use it, `random-frozen`
+keeps a random encoder as it is, `pretrained-frozen` and `pretrained-finetuned` start from the classifier's,
+`vae-frozen` and `vae-finetuned` from the VAE's. The score is the mean of 100 fresh episodes of the last
+weights. One thread; a cell is one variant, one seed and one number of steps.
 """
 
 import itertools
@@ -22,6 +23,7 @@ import torch
 
 from ...agents import PQN
 from ...envs import make_vec
+from ...generative import VAE, VAEConfig
 from ...vision import Classifier, ClassifierConfig, Dataset, Split
 from ..evaluation import evaluate
 from ..statistics import bootstrap_ci, iqm
@@ -31,22 +33,25 @@ from .suite import append, read
 ENV, ENCODER = "MinAtar/Breakout-v1", "minatar-norm"
 FARTHEST = 4
 """Distances beyond this many columns are one class."""
-VARIANTS: dict[str, tuple[bool, float | None]] = {
-    "end-to-end": (False, None),
-    "random-frozen": (False, 0.0),
-    "pretrained-frozen": (True, 0.0),
-    "pretrained-finetuned": (True, None),
+VARIANTS: dict[str, tuple[str | None, float | None]] = {
+    "end-to-end": (None, None),
+    "random-frozen": (None, 0.0),
+    "pretrained-frozen": ("classifier", 0.0),
+    "pretrained-finetuned": ("classifier", None),
+    "vae-frozen": ("vae", 0.0),
+    "vae-finetuned": ("vae", None),
 }
-"""Whether the classifier's encoder is used, and the encoder's learning rate (None: the agent's)."""
+"""Whose encoder is used, and the encoder's learning rate (None: the agent's)."""
 
 
 def main() -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=10, help="how many (10)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which (all)")
     parser.add_argument("--steps", type=int, default=200_000, help="environment steps of a cell (200,000)")
-    parser.add_argument("--frames", type=int, default=20_000, help="the classifier's images (20,000)")
+    parser.add_argument("--frames", type=int, default=20_000, help="images to train encoders on (20,000)")
     parser.add_argument(
-        "--results", type=Path, default=Path("results/transfer"), help="folder of its weights"
+        "--results", type=Path, default=Path("results/transfer"), help="folder of their weights"
     )
     parser.add_argument("--out", type=Path, default=RESULTS / "transfer.json")
     parser.add_argument("--report", action="store_true", help="print the table of finished cells")
@@ -56,12 +61,14 @@ def main() -> int:
         return 0
     torch.set_num_threads(1)
     given.results.mkdir(parents=True, exist_ok=True)
-    weights = given.results / f"classifier-{given.frames}.safetensors"
-    if not weights.exists():
-        train_classifier(given.frames, weights)
+    weights = {name: given.results / f"{name}-{given.frames}.safetensors" for name in PRETRAINING}
+    used = {VARIANTS[variant][0] for variant in given.variants}
+    for name, pretrain in PRETRAINING.items():
+        if name in used and not weights[name].exists():
+            pretrain(given.frames, weights[name])
     done = {(row["agent"], row["seed"], row["steps"]) for row in read(given.out)}
     for seed in range(given.seeds):
-        for variant in VARIANTS:
+        for variant in given.variants:
             if (variant, seed, given.steps) not in done:
                 train_cell(variant, seed, given.steps, weights, given.out)
     return 0
@@ -97,12 +104,26 @@ def train_classifier(frames: int, path: Path) -> None:
     model.save(path)
 
 
-def train_cell(variant: str, seed: int, steps: int, weights: Path, out: Path) -> None:
+def train_vae(frames: int, path: Path) -> None:
+    dataset = frames_of(frames)
+    config = VAEConfig(encoder=ENCODER, latent_dim=32, kl_warmup=5.0)
+    model = VAE(dataset.space, dataset.classes, config, seed=0, device="cpu").fit(dataset, 10)
+    figures = model.test(dataset, k=20) | model.baseline(dataset)
+    print(", ".join(f"{name} {value:.4g}" for name, value in figures.items()), flush=True)
+    model.save(path)
+
+
+PRETRAINING = {"classifier": train_classifier, "vae": train_vae}
+
+
+def train_cell(variant: str, seed: int, steps: int, weights: dict[str, Path], out: Path) -> None:
     pretrained, rate = VARIANTS[variant]
     config = PQN.recipe(ENV, encoder_learning_rate=rate)
     before, began = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
     env = make_vec(ENV, config.num_envs, seed)
-    agent = PQN(env, config, encoder=str(weights) if pretrained else ENCODER, seed=seed, device="cpu")
+    agent = PQN(
+        env, config, encoder=str(weights[pretrained]) if pretrained else ENCODER, seed=seed, device="cpu"
+    )
     agent.learn(steps, progress=False)
     result = evaluate(agent, 100)
     env.close()
@@ -121,15 +142,18 @@ def train_cell(variant: str, seed: int, steps: int, weights: Path, out: Path) ->
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    lines = ["| encoder | seeds | mean score | 95 % interval | IQM |", "|---|---|---|---|---|"]
-    for variant in VARIANTS:
-        scores = [row["last"] for row in rows if row["agent"] == variant]
-        if scores:
-            low, high = bootstrap_ci(scores)
-            lines.append(
-                f"| {variant} | {len(scores)} | {np.mean(scores):.2f} | {low:.2f} to {high:.2f} | "
-                f"{iqm(scores):.2f} |"
-            )
+    lines = [
+        "| encoder | steps | seeds | mean score | 95 % interval | IQM |",
+        "|---|---|---|---|---|---|",
+    ]
+    for steps in sorted({row["steps"] for row in rows}, reverse=True):
+        for variant in VARIANTS:
+            scores = [row["last"] for row in rows if (row["agent"], row["steps"]) == (variant, steps)]
+            if scores:
+                low, high = bootstrap_ci(scores)
+                cells = (variant, f"{steps:,}", len(scores), f"{np.mean(scores):.2f}",
+                         f"{low:.2f} to {high:.2f}", f"{iqm(scores):.2f}")  # fmt: skip
+                lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)
 
 

@@ -1,0 +1,168 @@
+"""Does an agent learn from a world model's latents what it learns from pixels? PQN on MinAtar Breakout.
+
+    python -m foveal.runs.benchmarks.world_model            # finished cells are skipped
+    python -m foveal.runs.benchmarks.world_model --report   # the table of what is there, as Markdown
+
+Frames and steps of a random policy train a VAE, and with it a world model. PQN then learns, with the same
+settings, seeds and environment steps, from `pixels`, from the latents z and the recurrent state h (`z and h`)
+or from `z` alone; of both kinds also with a world model whose weights are random (`random z and h`). On
+vectors its network is `mlp-norm`. The score is the mean of 100 fresh episodes of the last weights. One
+thread; a cell is one variant and one seed.
+"""
+
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...agents import PQN
+from ...envs import make_vec
+from ...generative import VAE, WorldModel
+from ...generative.world_model import Experience, read_experience
+from ...vision import load_dataset
+from ..collect import Collect, play
+from ..collect import write as write_frames
+from ..evaluation import evaluate
+from ..statistics import bootstrap_ci
+from .common import RESULTS, argument_parser, machine_info
+from .suite import append, read
+
+ENV = "MinAtar/Breakout-v1"
+VARIANTS: dict[str, tuple[str, bool] | None] = {
+    "pixels": None,
+    "z and h": ("world", True),
+    "z": ("world", False),
+    "random z and h": ("random", True),
+}
+"""Which world model is seen through, and whether h is shown; None: neither."""
+VAE_SETTINGS: dict[str, Any] = {"encoder": "minatar-norm", "latent_dim": 32, "kl_warmup": 5.0}
+VAE_EPOCHS, WORLD_EPOCHS = 15, 40
+
+
+def main() -> int:
+    parser = argument_parser(__doc__)
+    parser.add_argument("--seeds", type=int, default=5, help="how many (5)")
+    parser.add_argument("--steps", type=int, default=200_000, help="environment steps of a cell (200,000)")
+    parser.add_argument("--frames", type=int, default=20_000, help="frames to train the models on (20,000)")
+    parser.add_argument(
+        "--results", type=Path, default=Path("results/world-model-benchmark"), help="folder of its models"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "world_model.json")
+    parser.add_argument("--report", action="store_true", help="print the table of finished cells")
+    given = parser.parse_args()
+    if given.report:
+        print(report(read(given.out)))
+        return 0
+    torch.set_num_threads(1)
+    models = train_models(given.results, given.frames)
+    done = {(row["agent"], row["seed"], row["steps"]) for row in read(given.out)}
+    for seed in range(given.seeds):
+        for variant in VARIANTS:
+            if (variant, seed, given.steps) not in done:
+                train_cell(variant, seed, given.steps, models, given.out)
+    return 0
+
+
+def train_models(folder: Path, frames: int) -> dict[str, Any]:
+    """The world model of `frames` frames and one of random weights, as weights files, trained where they are
+    not there yet; and their figures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    data, eye, world, random, figures = (
+        folder / f"{name}-{frames}{end}"
+        for name, end in (("frames", ".npz"), *((n, ".safetensors") for n in ("vae", "world", "random")),
+                          ("figures", ".json"))
+    )  # fmt: skip
+    if not figures.exists():
+        before = cpu_seconds()
+        write_frames(data, play(Collect(env_id=ENV, frames=frames)))
+        dataset = load_dataset(data)
+        vae = VAE(dataset.space, dataset.classes, VAE.Config(**VAE_SETTINGS), seed=0, device="cpu")
+        vae.fit(dataset, VAE_EPOCHS).save(eye)
+        steps: Experience = read_experience(dataset, data)
+        made: dict[str, WorldModel] = {}
+        for name, path, seed in (("world", world, 0), ("random", random, 1)):
+            config = WorldModel.Config(vae=str(eye))
+            made[name] = WorldModel(steps.space, steps.classes, config, seed=seed, device="cpu")
+            if name == "random":  # its eye is new as well
+                other = VAE(dataset.space, dataset.classes, vae.config, seed=1, device="cpu")
+                made[name].network.vae.load_state_dict(other.network.state_dict())
+            else:
+                made[name].fit(steps, WORLD_EPOCHS)
+            made[name].save(path)
+        result = {
+            "vae": vae.test(dataset, k=100),
+            "independent_pixels": vae.baseline(dataset)["independent_pixels_nats"],
+            "world_model": made["world"].test(steps),
+            "baseline": made["world"].baseline(steps),
+            "cpu_s": round(cpu_seconds() - before),
+        }
+        figures.write_text(json.dumps(result, indent=1) + "\n")
+        print(json.dumps(result), flush=True)
+    return {"world": world, "random": random, "figures": json.loads(figures.read_text())}
+
+
+def train_cell(variant: str, seed: int, steps: int, models: dict[str, Any], out: Path) -> None:
+    config = PQN.recipe(ENV)
+    before, began = cpu_seconds(), time.perf_counter()
+    seen = VARIANTS[variant]
+    if seen is None:
+        env = make_vec(ENV, config.num_envs, seed)
+    else:
+        kwargs = {"env_id": ENV, "world_model": str(models[seen[0]].absolute()), "memory": seen[1]}
+        env = make_vec("foveal/Latent-v0", config.num_envs, seed, env_kwargs=kwargs)
+    encoder = "minatar-norm" if seen is None else "mlp-norm"
+    agent = PQN(env, config, encoder=encoder, seed=seed, device="cpu")
+    agent.learn(steps, progress=False)
+    result = evaluate(agent, 100)
+    env.close()
+    row = {
+        "env": ENV,
+        "agent": variant,
+        "seed": seed,
+        "steps": steps,
+        "last": result["eval/return_mean"],
+        "cpu_s": round(cpu_seconds() - before, 1),
+        "models": models["figures"],
+    }
+    append(out, row, machine_info())
+    print(f"{variant} seed {seed}: {row['last']:.2f} in {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def cpu_seconds() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def report(rows: list[dict[str, Any]]) -> str:
+    """A Markdown table of the agents, and a line about the models."""
+    lines = ["| PQN sees | seeds | steps | mean score | 95 % interval | CPU-s |", "|---|---|---|---|---|---|"]
+    for steps in sorted({row["steps"] for row in rows}):
+        for variant in VARIANTS:
+            mine = [row for row in rows if (row["agent"], row["steps"]) == (variant, steps)]
+            if mine:
+                scores, cpu_s = [row["last"] for row in mine], np.mean([row["cpu_s"] for row in mine])
+                low, high = bootstrap_ci(scores)
+                mean, spread = f"{np.mean(scores):.2f}", f"{low:.2f} to {high:.2f}"
+                lines.append(f"| {variant} | {len(mine)} | {steps:,} | {mean} | {spread} | {cpu_s:.0f} |")
+    if rows:
+        model, trivial = rows[-1]["models"]["world_model"], rows[-1]["models"]["baseline"]
+        pairs = [
+            ("nats of the next z", model["nats"], "Gaussians", trivial["gaussian_nats"]),
+            ("squared error of the next frame", model["frame_error"], "the frame before",
+             trivial["same_frame_error"]),
+            ("the same", model["frame_error"], "the VAE's reconstruction", trivial["reconstruction_error"]),
+            ("squared error of the reward", model["reward_error"], "the mean", trivial["mean_reward_error"]),
+            ("nats of endings", model["ending_nats"], "their share", trivial["ending_share_nats"]),
+        ]  # fmt: skip
+        lines += ["", "The world model:"]
+        lines += [f"{what} {value:.4g} ({other} {least:.4g})," for what, value, other, least in pairs]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
