@@ -21,14 +21,15 @@ class LeNet5(Backbone):
     def __init__(self, num_classes: int = 10, in_channels: int = 1, norm: str | None = None):
         super().__init__(num_classes, in_channels)
         norm = resolve_norm(norm, "none")
+        # The largest of four, then ReLU: the same as ReLU, then the largest, on a quarter of the numbers.
         self.conv1 = nn.Conv2d(in_channels, 6, kernel_size=5, padding=2, bias=norm == "none")
         self.norm1 = make_norm(norm, 6)
-        self.relu1 = nn.ReLU(inplace=True)
         self.pool1 = nn.MaxPool2d(2)
+        self.relu1 = nn.ReLU(inplace=True)
         self.conv2 = nn.Conv2d(6, 16, kernel_size=5, bias=norm == "none")
         self.norm2 = make_norm(norm, 16)
-        self.relu2 = nn.ReLU(inplace=True)
         self.pool2 = nn.MaxPool2d(2)
+        self.relu2 = nn.ReLU(inplace=True)
         self.avgpool = AveragePoolTo(5)
         self.classifier = nn.Sequential(
             nn.Flatten(),
@@ -39,8 +40,8 @@ class LeNet5(Backbone):
             nn.Linear(84, num_classes),
         )
         self.stages = {
-            "conv1": ["conv1", "norm1", "relu1", "pool1"],
-            "conv2": ["conv2", "norm2", "relu2", "pool2"],
+            "conv1": ["conv1", "norm1", "pool1", "relu1"],
+            "conv2": ["conv2", "norm2", "pool2", "relu2"],
         }
         self.head = ["avgpool", "classifier"]
         kaiming_init(self, mode="fan_in")
