@@ -3,14 +3,15 @@
     python -m foveal.runs.benchmarks.data_throughput               # MNIST, from FOVEAL_DATA or --data-dir
     python -m foveal.runs.benchmarks.data_throughput --synthetic   # random images of the same size
 
-A figure is images a second of wall time over whole epochs of training (61,706 parameters, SGD with momentum
-0.9 and weight decay, batches of 128, no augmentation), with all cores; nothing else should be running. Ours
-is `Classifier.training` as a user runs it, its rows of metrics included: it indexes the uint8 images where they
-lie, and its convolutions are channels last. The peer is the loop that most people write: torch's DataLoader
-over a data set that makes a float tensor of each image, as torchvision's do (without their detour through
-Pillow), once with no and once with two worker processes, and the same network as PyTorch lays it out. Its
-workers are started before the clock. The sides take turns, so that a machine whose speed drifts does not
-favour one; a ratio is the median over the rounds, with a bootstrap interval.
+A figure is images a second of wall time over whole epochs of training (61,706 parameters, SGD with
+momentum 0.9 and weight decay, batches of 128, no augmentation), with all cores; nothing else should be
+running. Ours is `Classifier.training` as a user runs it, its rows of metrics included: it indexes the
+uint8 images where they lie, and its convolutions are channels last. The peer is the loop that most people
+write: torch's DataLoader over a data set that makes a float tensor of each image, as torchvision's do
+(without their detour through Pillow), once with no and once with two worker processes, and the same
+network as PyTorch lays it out. Its workers are started before the clock. The sides take turns, so that a
+machine whose speed drifts does not favour one; a ratio is the median over the rounds, with a bootstrap
+interval.
 """
 
 import functools
