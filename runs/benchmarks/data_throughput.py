@@ -72,9 +72,7 @@ def main() -> None:
         none = Split(images[:0], split.labels[:0])
         dataset = Dataset("synthetic", split, none, none, tuple("0123456789"), high=255)
     else:
-        dataset = load_dataset(
-            "mnist", given.data_dir, validation=0, train_size=given.images, download=False
-        )
+        dataset = load_dataset("mnist", given.data_dir, validation=0, train_size=given.images, download=False)
     device = torch.device(given.device)
     if not fits(dataset.train, device):
         raise SystemExit(f"{len(dataset.train):,} images do not fit into the free memory of {device}")
