@@ -245,15 +245,21 @@ def axes_of(runs: Sequence[History], metric: str | None = None) -> list[str]:
 def label(runs: Sequence[History], by: Sequence[str] = ()) -> list[str]:
     """What each run is a seed of, as people would call it.
 
-    With `by`, the values of those settings. Else the agent; where one agent has been trained with several
-    settings on one task, those that most of its runs have (of equals the oldest) are plainly it, and others
-    say what they do differently.
+    With `by`, the values of those settings. Else a sweep's trial is called by its number, and other runs by
+    the agent; where one agent has been trained with several settings on one task, those that most of its runs
+    have (of equals the oldest) are plainly it, and others say what they do differently.
     """
     if by:
         return [" ".join(_value(key, run.fields.get(key), len(by) > 1) for key in by) for run in runs]
     labels = [""] * len(runs)
     kinds: dict[tuple[str, str], list[int]] = {}
+    trials = [re.fullmatch(r"trial(\d+)", text_of(run.fields.get("name"))) for run in runs]
+    sweeps = {run.fields["group"] for run, trial in zip(runs, trials) if trial}
     for index, run in enumerate(runs):
+        if trial := trials[index]:
+            of = f"{run.fields['group']} " if len(sweeps) > 1 else ""
+            labels[index] = f"{of}trial {int(trial[1])}"
+            continue
         kinds.setdefault((text_of(run.fields.get("agent")), run.task), []).append(index)
     for (agent, _), members in kinds.items():
         keys = sorted({key for index in members for key in runs[index].fields} - UNIMPORTANT)

@@ -209,18 +209,6 @@ class Trials:
             study.enqueue_trial(self._to_optuna(default), user_attrs={"default": True})
         return study
 
-    def _distributions(self) -> dict[str, Any]:
-        kinds = self.optuna.distributions
-        found: dict[str, Any] = {}
-        for name, p in self.spec.searched.items():
-            if "values" in p:
-                found[name] = kinds.CategoricalDistribution([_choice(value) for value in p["values"]])
-            elif isinstance(p["min"], int):
-                found[name] = kinds.IntDistribution(p["min"], p["max"], log=p["log"], step=p["step"] or 1)
-            else:
-                found[name] = kinds.FloatDistribution(p["min"], p["max"], log=p["log"], step=p["step"])
-        return found
-
     def _to_optuna(self, settings: dict[str, Any]) -> dict[str, Any]:
         return {name: _choice(value) for name, value in settings.items()}
 
@@ -245,12 +233,23 @@ class Trials:
         """The trials that an earlier process did not see the end of."""
         for frozen in self._trials("RUNNING"):
             trial = self.optuna.trial.Trial(self.study, frozen._trial_id)
-            settings, log = self._settings(frozen), self._log_of(frozen.number)
+            self._draw(trial)
+            settings, log = self._settings(trial), self._log_of(frozen.number)
             process = Process(None, frozen.user_attrs.get("process", {"host": None}))
             running = Running(trial, settings, log, process, reported=set(frozen.intermediate_values))
             say(f"trial {frozen.number}: {'is still running' if process.poll() is None else 'goes on'}")
             self.running.append(running)
             self._look_at(running)
+
+    def _draw(self, trial: Any) -> None:
+        """Draw a trial's settings; those that a sweep, killed in the middle of this, had drawn stay."""
+        for name, p in self.spec.searched.items():
+            if "values" in p:
+                trial.suggest_categorical(name, [_choice(value) for value in p["values"]])
+            elif isinstance(p["min"], int):
+                trial.suggest_int(name, p["min"], p["max"], log=p["log"], step=p["step"] or 1)
+            else:
+                trial.suggest_float(name, p["min"], p["max"], log=p["log"], step=p["step"])
 
     def _start_next(self) -> bool:
         """Start the next trial; False where all have been."""
@@ -258,7 +257,8 @@ class Trials:
         begun = len(self._trials()) - len(waiting)
         if begun >= self.spec.trials or (self.spec.method == "grid" and not waiting):
             return False
-        trial = self.study.ask(self._distributions())
+        trial = self.study.ask()
+        self._draw(trial)
         settings = self._settings(trial)
         say(f"trial {trial.number}: {_text(settings)}")
         log = self._log_of(trial.number)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 import struct
 import zlib
@@ -339,6 +340,53 @@ def browser_page(playwright: Any, path: Path) -> tuple[Any, Any, list[str]]:
     page.goto(path.absolute().as_uri())
     page.wait_for_selector("body[data-drawn='1']", timeout=60_000)
     return browser, page, heard
+
+
+def test_a_benchmarks_file_is_compared_without_run_folders(tmp_path, capsys):
+    cells = [
+        {"env": "CartPole-v1", "agent": agent, "seed": seed, "steps": 300, "chosen": 10.0 * factor + seed,
+         "last": 5.0 * factor, "cpu_s": 1.0, "config": {"learning_rate": 0.1}}
+        for agent, factor in (("good", 2), ("bad", 1)) for seed in range(3)
+    ]  # fmt: skip
+    for cell in cells[:3]:
+        cell["curve"] = {"env_step": [100, 200, 300], "eval/return_mean": [1.0, 3.0, cell["chosen"]]}
+    file = tmp_path / "suite.json"
+    file.write_text(json.dumps({"cells": cells, "date": "2026"}))
+    assert main(["compare", str(file)]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert re.search(r"good +3 \* +21\.00 \(20\.00 to 22\.00\)", out)
+    assert re.search(r"bad +3 \* +11\.00 \(10\.00 to 12\.00\) +1\.00", out)
+    curves = list(csv.DictReader(Path("results/compare/curves.csv").read_text().splitlines()))
+    assert [(row["label"], row["env_step"]) for row in curves] == [
+        ("good", "100.0"), ("good", "200.0"), ("good", "300.0"), ("bad", "300.0"),
+    ]  # fmt: skip
+    assert curves[1]["eval/return_mean (mean)"] == "3.0"
+    assert main(["compare", str(file), "--score", "last/return_mean"]) == 0
+    assert re.search(r"good +3 \* +10\.0+ ", capsys.readouterr().out)
+    models = {"cells": [{"task": "digits", "seed": 0, "epochs": 30, "nats": 16.2, "elbo": -17.7}]}
+    file.with_name("vae.json").write_text(json.dumps(models))
+    assert main(["compare", str(file.with_name("vae.json"))]) == 0
+    assert "digits: test/nats, lower is better" in capsys.readouterr().out
+    for wrong in ("[]", "{", json.dumps({"cells": []}), json.dumps({"steps_per_cpu_second": {"foveal": 1}})):
+        file.write_text(wrong)
+        assert main(["compare", str(file)]) == 2
+        assert str(file) in capsys.readouterr().err
+
+
+def test_a_sweeps_trials_are_called_by_their_numbers(tmp_path, capsys):
+    for group in ("a", "b"):
+        for number in range(2):
+            settings = {"agent": "dqn", "env_id": "x", "seed": 1, "config": {"rate": 0.123456789 + number}}
+            name = f"trial{number:03d}"
+            run = create_run(tmp_path / "r", group=group, name=name, config=settings, track="off")
+            run.log({"env_step": 1, "eval/return_mean": 5.0 + number})
+            run.summarize({"eval/return_mean": 5.0 + number})
+            run.finish("finished")
+    assert main(["compare", str(tmp_path / "r" / "a")]) == 0
+    assert re.search(r"^  trial 1 .*\n  trial 0 ", capsys.readouterr().out, re.M)
+    assert main(["compare", str(tmp_path / "r")]) == 0
+    assert re.search(r"^  b trial 1 ", capsys.readouterr().out, re.M)
 
 
 def test_the_page_in_a_browser(results):

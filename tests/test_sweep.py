@@ -319,6 +319,25 @@ def test_kill_9_of_one_trial_of_everything_and_of_the_sweep_alone(capsys):
     assert capsys.readouterr().out.count("is still running") == 2
 
 
+def test_a_trial_whose_settings_were_half_drawn_gets_the_others(capsys):
+    """Killed between two draws: what is there stays, the rest is drawn, and it is trained with all of it."""
+    fake_trials(0.0)
+    trials = Trials(read_sweep(written(FILE)), Path("results"), "s", 1)
+    trials.study.ask()  # the recipe, of which nothing was drawn yet
+    trials.study.ask().suggest_float("learning_rate", 1e-4, 1e-2, log=True)
+    drawn = trials.study.trials[1].params["learning_rate"]
+    trials._save(process=False)
+    assert run(FILE) == 0
+    assert capsys.readouterr().out.count("goes on") == 2
+    names = {"learning_rate", "batch_size", "train_every"}
+    for trial in outcome()["trials"]:
+        assert set(trial["settings"]) == names
+        (folder,) = Path("results/s").glob(f"trial{trial['number']:03d}-*")
+        assert trial["settings"].items() <= open_run(folder).config["settings"].items()
+    assert outcome()["trials"][1]["settings"]["learning_rate"] == drawn
+    assert outcome()["trials"][0]["settings"] == read_sweep(Path("s.yaml")).default_trial()
+
+
 def test_settings_are_what_train_takes(capsys):
     json_ = json.dumps({"total_steps": 700, "batch_size": 16, "learning_rate": 1, "env_kwargs": []})
     assert take_settings(["--seed", "1", "--settings", json_]) == (["--seed", "1"], json.loads(json_))

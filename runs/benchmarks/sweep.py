@@ -95,7 +95,10 @@ def sweep_and_kill(file: Path, work: Path, after: int) -> dict[str, Any]:
         time.sleep(0.5)
         trials = (read_trials(work / file.stem) or {"trials": []})["trials"]
         done = sum(trial["state"] not in ("running", "waiting") for trial in trials)
-        if done >= after:
+        # In the middle of a training, not before it has its folder.
+        if done >= after and any(
+            entry["state"] == "running" and entry["env_step"] for entry in list_runs(work)
+        ):
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             time.sleep(1)
