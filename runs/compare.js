@@ -361,9 +361,9 @@ async function drawParallel() {
   const dimensions = keys.map(key => {
     const v = values(key), logarithmic = Math.min(...v) > 0 && Math.max(...v) / Math.min(...v) > 50;
     if (!logarithmic) return { label: key, values: v };
-    const low = Math.ceil(Math.log10(Math.min(...v))), ticks = [];
-    for (let e = low; e <= Math.log10(Math.max(...v)); e++) ticks.push(e);
-    return { label: key, values: v.map(Math.log10), tickvals: ticks, ticktext: ticks.map(e => `1e${e}`) };
+    const low = Math.log10(Math.min(...v)), high = Math.log10(Math.max(...v)), ticks = [low, high];
+    for (let e = Math.ceil(low); e <= high; e++) if (Math.min(e - low, high - e) > .1) ticks.push(e);
+    return { label: key, values: v.map(Math.log10), tickvals: ticks, ticktext: ticks.map(e => String(Number((10 ** e).toPrecision(2)))) };
   });
   await draw($("parallel"), "parallel", [{ type: "parcoords", line: { color: scores, colorscale: "Viridis", reversescale: lowerIsBetter(state.score), showscale: true }, dimensions: [...dimensions, { label: state.score, values: scores }] }], { margin: { l: 70, r: 40, t: 46, b: 24 } });
 }
@@ -402,7 +402,8 @@ function verdict(task, labels) {
 function drawSettings() {
   const labels = new Map();
   for (const i of shown()) labels.set(labelOf(i), [...labels.get(labelOf(i)) ?? [], i]);
-  const rows = DATA.settings.map(key => [key, [...labels.values()].map(runs => [...new Set(runs.map(i => RUNS[i].fields[key]))].join(", "))]).filter(([, cells]) => new Set(cells).size > 1);
+  const plain = v => /^-?\d+\.\d{6,}(e-?\d+)?$/.test(v) ? String(Number(Number(v).toPrecision(5))) : v;
+  const rows = DATA.settings.map(key => [key, [...labels.values()].map(runs => [...new Set(runs.map(i => plain(RUNS[i].fields[key])))].join(", "))]).filter(([, cells]) => new Set(cells).size > 1);
   $("settings-card").hidden = !rows.length;
   const table = rows => `<table><tr><th>setting</th>${[...labels.keys()].map(l => `<th>${dot(l)}${escapeHtml(short(l))}</th>`).join("")}</tr>${rows.map(([key, cells]) => `<tr><td>${escapeHtml(key)}</td>${cells.map(c => `<td>${escapeHtml(short(c, 60))}</td>`).join("")}</tr>`).join("")}</table>`;
   const shared = rows.filter(([, cells]) => !cells.includes("-")), own = rows.filter(([, cells]) => cells.includes("-"));
