@@ -103,7 +103,9 @@ def stage(run: Run, weights: Path, folder: Path, repo: str, checkpoint: bool) ->
             raise ValueError(f"checkpoint: {run.path} has none")
         shutil.copytree(newest, folder / "checkpoints" / newest.name)
     description = read_weights(weights)[1]
-    card = model_card(repo, str(default_out(repo)), run.config, summary, description, shown)
+    place = local(repo)
+    named = repo if place is None else f"./{place.name}"  # wherever the folder is carried
+    card = model_card(named, str(default_out(repo)), run.config, summary, description, shown)
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 
