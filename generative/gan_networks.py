@@ -48,6 +48,10 @@ class Generator(nn.Module):
         super().__init__()
         self.latent_size = latent_size
         self.embedding = nn.Embedding(classes, latent_size) if classes else None
+        if self.embedding is not None:
+            # As long as a one-hot label. As long as the noise (standard normal numbers) it drowns it: each
+            # class is then told from the others before the noise does anything, and stays one image.
+            nn.init.normal_(self.embedding.weight, std=latent_size**-0.5)
         self.body = body
 
     def forward(self, noise: Tensor, labels: Tensor | None = None) -> Tensor:

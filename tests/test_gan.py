@@ -364,6 +364,18 @@ def test_looking_at_samples_changes_nothing(digits: Dataset) -> None:
         assert torch.equal(tensor, looked.network.state_dict()[name]), name
 
 
+def test_the_noise_is_not_drowned_by_the_label() -> None:
+    """Within a class images vary far more than between classes at the start, or each stays one image."""
+    torch.manual_seed(0)
+    generator = make_generator("dcgan", (1, 16, 16), 10, 64, 8)
+    labels = torch.arange(200) % 10
+    with torch.no_grad():
+        images = generator(torch.randn(200, 64), labels).flatten(1)
+    within = torch.stack([images[labels == k].var(0).sum() for k in range(10)]).mean()
+    between = torch.stack([images[labels == k].mean(0) for k in range(10)]).var(0).sum()
+    assert within > 10 * between
+
+
 # Going on
 
 
