@@ -100,6 +100,10 @@ class Learner:
     def step(self, loss: Tensor, learning_rate: float, max_norm: float | None = None) -> Tensor:
         """One step of Adam down the gradient of a loss; the gradient's L2 norm before it was clipped."""
         take_gradient(loss, self.parameters, self.views)
+        return self.descend(learning_rate, max_norm)
+
+    def descend(self, learning_rate: float, max_norm: float | None = None) -> Tensor:
+        """The same of a gradient that is in its place."""
         norm = torch.linalg.vector_norm(self.gradient)
         if max_norm is not None:
             clip_norm(self.gradient, max_norm)

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from ..vision import Dataset, describe_encoder, make_encoder
 from ..vision.encoder import preprocess
+from .chain import Chain, chainable
 from .decoder import make_decoder, with_label
 from .likelihood import LIKELIHOODS, independent_pixels
-from .model import Generative, Moment, interpolation, reconstruction_rows
+from .model import Generative, Learner, Moment, interpolation, reconstruction_rows
 
 
 @dataclass(frozen=True)
@@ -208,6 +209,17 @@ class VAE(Generative):
         self.likelihood = LIKELIHOODS[name]
         return Network(self.space, len(self.classes), self.config, name)
 
+    def make_learners(self) -> dict[str, Learner]:
+        learners, config = super().make_learners(), self.config
+        plain = self.likelihood is LIKELIHOODS["bernoulli"] and config.precision == "float32"
+        plain = plain and not (config.conditional or config.free_bits) and config.importance_samples == 1
+        self.chain: Chain | None = None
+        """What takes the place of autograd."""
+        if plain and chainable(self.network):
+            learner = learners["network"]
+            self.chain = Chain(self.network, dict(zip(learner.parameters, learner.views)))
+        return learners
+
     @property
     def latent_dim(self) -> int:
         return self.config.latent_dim
@@ -217,6 +229,11 @@ class VAE(Generative):
         config = self.config
         given = labels if config.conditional else None
         k = config.importance_samples
+        weight = config.beta * min(1.0, moment.epoch / config.kl_warmup if config.kl_warmup else 1.0)
+        rate, learner = self.rate_at(moment.progress), self.learners["network"]
+        if self.chain is not None:
+            measured = self.chain(preprocess(images, self.space), weight)
+            return torch.cat([measured, learner.descend(rate, config.max_grad_norm).unsqueeze(0)])
         with self.autocast():
             q = self.network.encode(images, given)
         x = preprocess(images, self.space)
@@ -229,15 +246,13 @@ class VAE(Generative):
             parameters = self.network.decode(z, given)
         log_p = self.likelihood.log_prob(parameters, x, self.high).flatten(1).sum(1)
         kl = kl_divergence(q)
-        weight = config.beta * min(1.0, moment.epoch / config.kl_warmup if config.kl_warmup else 1.0)
         if k > 1:
             log_w = (log_p + weight * log_ratio(z, noise, q)).unflatten(0, (-1, k))
             loss = math.log(k) - log_w.logsumexp(1).mean()
         else:
             penalty = kl.mean(0).clamp(min=config.free_bits).sum() if config.free_bits else kl.sum(1).mean()
             loss = weight * penalty - log_p.mean()
-        rate = self.rate_at(moment.progress)
-        norm = self.learners["network"].step(loss, rate, config.max_grad_norm)
+        norm = learner.step(loss, rate, config.max_grad_norm)
         return torch.stack([loss, -log_p.mean(), kl.sum(1).mean(), norm]).detach()
 
     # What is computed from images.

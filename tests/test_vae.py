@@ -419,3 +419,38 @@ def test_an_encoder_moves_into_another_model(tmp_path):
     assert torch.equal(encoder(x), vae.network.encoder(x))
     with pytest.raises(ValueError, match="the encoder of .* is for"):
         make_encoder(str(path), load_dataset("digits").space)
+
+
+# By the chain rule.
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_the_chain_rule_gives_the_gradient_of_autograd(dropout):
+    model = tiny(dropout=dropout, beta=0.7, kl_warmup=20.0, learning_rate=1e-9)
+    learner, x = model.learners["network"], images(40)
+    model.network.train()
+    results = []
+    for chain in (model.chain, None):
+        assert (chain is None) == bool(results)
+        model.chain = chain
+        torch.manual_seed(3)
+        results.append((model.update(x, None, MOMENT), learner.gradient.clone()))
+    (measured, gradient), (expected, autograd) = results
+    assert autograd.abs().max() > 0.1
+    assert torch.allclose(gradient, autograd, atol=2e-6)
+    assert torch.allclose(measured, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"conditional": True},
+        {"free_bits": 0.1},
+        {"importance_samples": 2},
+        {"likelihood": "continuous-bernoulli"},
+        {"encoder": "mlp-norm"},
+        {"encoder": "mlp-tanh"},
+    ],
+)
+def test_autograd_is_kept_where_the_chain_rule_is_not_written_down(changes):
+    assert tiny(**changes).chain is None
