@@ -429,7 +429,7 @@ def test_the_chain_rule_gives_the_gradient_of_autograd(dropout):
     model = tiny(dropout=dropout, beta=0.7, kl_warmup=20.0, learning_rate=1e-9)
     learner, x = model.learners["network"], images(40)
     model.network.train()
-    results = []
+    results: list[Any] = []
     for chain in (model.chain, None):
         assert (chain is None) == bool(results)
         model.chain = chain
