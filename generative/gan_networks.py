@@ -182,9 +182,13 @@ def make_generator(
         return Generator(latent_size, classes, body)
     count, h, w = doublings(height, width_px)
     if growing:
-        body = GrowingGenerator(inputs, growing_sizes(width, count), (h, w), channels)
-        generator = Generator(latent_size, classes, body)
+        growing_body = GrowingGenerator(inputs, growing_sizes(width, count), (h, w), channels)
+        generator = Generator(latent_size, classes, growing_body)
         generator.apply(dcgan_init)
+        for (
+            image
+        ) in growing_body.to_image:  # of one pixel, whose weights would leave all images grey for long
+            nn.init.normal_(image[0].weight, std=image[0].in_channels ** -0.5)  # type: ignore[index]
         return generator
     if architecture == "dcgan":
         sizes = [width * min(2**level, 8) for level in reversed(range(count))]
