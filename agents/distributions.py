@@ -36,8 +36,8 @@ class Distribution(Protocol):
         """log p(actions) and the entropy, both (...), in nats."""
 
     def gradient(self, params: Tensor, actions: Tensor, by_log_prob: Tensor, by_entropy: float) -> Tensor:
-        """d loss / d params (..., P), from d loss / d log p(actions) (...) and d loss / d entropy, one number
-        for all: in closed form, in a third of autograd's time for a small batch."""
+        """d loss / d params (..., P) in closed form, from d loss / d log p(actions) (...) and d loss / d
+        entropy, one number for all."""
 
     def to_env(self, actions: Tensor) -> np.ndarray:
         """Actions (B, ...) as the environment takes them."""
