@@ -135,11 +135,11 @@ and of the first alone), `probability_of_improvement`; `create_performance_profi
 
 
 def close(ours: tuple[float, ...], theirs: Sequence[float]) -> None:
-    """The same value, and bounds within 1 % of the interval's width, plus what two bootstraps of 50,000 draws
-    differ by (a 2.5 % quantile has a standard error of some 0.7 % of the width)."""
+    """The same value, and bounds within 1 % of the interval's width. Both are of 50,000 draws, of which a
+    bound has a standard error of 0.2 to 0.4 % of the width (measured over four of rliable's)."""
     width = theirs[2] - theirs[1]
     assert ours[0] == pytest.approx(theirs[0], abs=1e-12)
-    assert ours[1:] == pytest.approx(theirs[1:], abs=0.02 * width)
+    assert ours[1:] == pytest.approx(theirs[1:], abs=0.01 * width)
 
 
 @pytest.mark.parametrize("method", ["a", "b"])
