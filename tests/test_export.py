@@ -17,6 +17,7 @@ from foveal.generative import GAN, VAE, Autoencoder, PixelCNN
 from foveal.runs.cli import main
 from foveal.runs.export import check, describe, load_trained, trace, write_onnx
 from foveal.runs.graphs import make_graph
+from foveal.runs.run import create_run
 from foveal.vision import KNN, Classifier, binarize, load_dataset
 
 DIGITS = load_dataset("digits")
@@ -54,7 +55,7 @@ def moved(agent: Any) -> Any:
 
 AGENT_CASES: dict[str, Any] = {
     "dqn": lambda: DQN("CartPole-v1"),
-    "dqn, image": lambda: DQN("MinAtar/Breakout-v1", encoder="impala"),
+    "dqn, image": lambda: DQN("MinAtar/Breakout-v1", encoder="minatar"),
     "dqn, an integer": lambda: DQN("FrozenLake-v1"),
     "pqn": lambda: PQN("MinAtar/Breakout-v1", PQN.Config(num_envs=2)),
     "ppo, normalised": lambda: moved(PPO("CartPole-v1", ppo(normalize_observations=True))),
@@ -238,17 +239,22 @@ def test_a_size_that_became_a_constant_is_found() -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = {"agent": "ppo", "env_id": "CartPole-v1", "seed": 1}
     results = tmp_path_factory.mktemp("results")
-    flags = "--total-steps 8 --num-envs 2 --num-steps 4 --minibatch-size 4 --final-episodes 1 --no-video"
-    assert main(["train", "ppo", *flags.split(), "--track", "off", "--results", str(results)]) == 0
-    return next(results.glob("*/*"))
+    run = create_run(results, group="ppo", name="seed1", config=config, track="off")
+    best = run.path / "checkpoints" / "best"
+    best.mkdir(parents=True)
+    PPO("CartPole-v1", ppo(normalize_observations=True)).save(best / "weights.safetensors")
+    run.summarize({"eval/return_mean": 12.0, "wall_s": 1.0})
+    run.finish("finished")
+    return run.path
 
 
 def test_the_command_writes_a_file_that_says_what_it_is(run: Path, capsys: Any) -> None:
     capsys.readouterr()
     assert main(["export", str(run), "--onnx"]) == 0
     said = capsys.readouterr().out
-    assert "policy of ppo on CartPole-v1, weights of step 8" in said
+    assert "policy of ppo on CartPole-v1, weights of step 0" in said
     assert "differs by at most" in said
     model = onnx.load(run / "policy.onnx")
     assert {file.name for file in run.glob("*.onnx*")} == {"policy.onnx"}  # nothing lies beside it
@@ -256,7 +262,7 @@ def test_the_command_writes_a_file_that_says_what_it_is(run: Path, capsys: Any) 
     about = json.loads(entry.value)
     assert about["agent"] == "ppo"
     assert about["env_id"] == "CartPole-v1"
-    assert about["score"]["eval/episodes"] == 1
+    assert about["score"] == {"eval/return_mean": 12.0}
     assert about["run"]["name"] == "seed1"
     assert [value["name"] for value in about["inputs"]] == ["obs"]
     assert about["inputs"][0]["shape"] == [4]
