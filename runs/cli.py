@@ -268,7 +268,8 @@ class Evaluate:
     extractor: str | None = None
     """A GAN's: another extractor than the run's; see `foveal train gan --help`."""
     novelty: Path | None = None
-    """An agent's: the run of a pixelcnn or pixelrnn, which says how novel the observations are to it."""
+    """An agent's: the run of a pixelcnn, pixelrnn or image-transformer, which says how novel the observations
+    are to it."""
     json: bool = False
     """Print one JSON object instead of text."""
     video: Path | None = None

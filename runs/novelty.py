@@ -29,7 +29,8 @@ class Novelty:
         self.model: Any = load_generative(run, device)
         if not hasattr(self.model, "log_prob"):
             raise ValueError(
-                f"novelty: a {self.model.name} has no exact likelihood; a pixelcnn or pixelrnn has"
+                f"novelty: a {self.model.name} has no exact likelihood; a pixelcnn, pixelrnn or "
+                "image-transformer has"
             )
         if self.model.conditional:
             raise ValueError("novelty takes a model without labels, this one is conditional")
