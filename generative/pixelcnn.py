@@ -96,8 +96,8 @@ class PixelCNNConfig(PixelConfig):
 
 RECIPES: dict[str, dict[str, Any]] = {
     "digits": {"dropout": 0.1, "learning_rate": 3e-3, "ema": 0.99, "validate_every": 5},
-    "mnist": {"learning_rate": 2e-3, "ema": 0.998},
-    "fashion-mnist": {"learning_rate": 2e-3, "ema": 0.998},
+    "mnist": {"learning_rate": 3e-3, "ema": 0.99, "warmup": 50},
+    "fashion-mnist": {"learning_rate": 3e-3, "ema": 0.99, "warmup": 50},
 }
 """What all models take for a dataset; each has something of its own beside."""
 RUN_OPTIONS: dict[str, dict[str, Any]] = {
