@@ -35,6 +35,7 @@ usage: foveal COMMAND ...
   push RUN REPO  send a run to the Hugging Face Hub, or to a folder, with a model card
   pull REPO      fetch a run from there
   compare RUNS   curves, scores and intervals of many runs, as a page, figures, CSV and a table
+  dashboard      a workspace and a report of a project on Weights & Biases, for all runs there
   bench SUITE    run a benchmark suite; make the README's tables from what was measured
   list           agents, models, encoders, backbones, environments, and the runs of a results folder
 
@@ -58,6 +59,7 @@ def main(argv: list[str] | None = None) -> int:
         "push": push_command,
         "pull": pull_command,
         "compare": compare_command,
+        "dashboard": dashboard_command,
         "bench": bench_command,
         "list": list_command,
     }
@@ -394,6 +396,12 @@ def compare_command(arguments: list[str]) -> int:
     from .compare import Compare, compare
 
     return compare(_parse(Compare, "foveal compare", arguments))
+
+
+def dashboard_command(arguments: list[str]) -> int:
+    from .dashboard import Dashboard, dashboard
+
+    return dashboard(_parse(Dashboard, "foveal dashboard", arguments))
 
 
 def bench_command(arguments: list[str]) -> int:

@@ -7,7 +7,7 @@ lies now.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ class Sync:
 
 
 def sync_command(given: Sync) -> int:
-    folders = list(dict.fromkeys(folder for path in given.paths for folder in _run_folders(path)))
+    folders = run_folders(given.paths)
     check_track("online")
     sent = same = 0
     for folder in folders:
@@ -50,6 +50,11 @@ def sync_command(given: Sync) -> int:
             sent += 1
     print(f"{sent} runs sent, {same} were there already")
     return 0
+
+
+def run_folders(paths: Iterable[Path]) -> list[Path]:
+    """The run folders at and below `paths`, each once. FileNotFoundError, ValueError for a path of none."""
+    return list(dict.fromkeys(folder for path in paths for folder in _run_folders(path)))
 
 
 def _run_folders(path: Path) -> list[Path]:

@@ -25,6 +25,8 @@ from .wandb_file import has_exit, is_media, read_history
 AXES = ("env_step", "grad_step", "epoch")
 """What a row can be logged against: steps of all environments together, gradient steps, epochs."""
 TRACKS = ("offline", "online", "off")
+PROJECT = "foveal"
+"""W&B's project, unless WANDB_PROJECT names another."""
 QUEUE = 10_000
 """Items that may wait for W&B. A caller that is further ahead waits: nothing is dropped."""
 
@@ -49,9 +51,12 @@ class Tracker:
         self._folder, self._track = folder, track
         lines = wandb_lines(folder)
         if track == "online":
-            _check_server()
+            check_server(
+                "nothing was sent, all rows are kept in the run folders; train with --track offline, and "
+                "send them later with `foveal sync RESULTS`"
+            )
         with contextlib.ExitStack() as stack:
-            stack.enter_context(_wandb_environment(folder))
+            stack.enter_context(wandb_environment(folder))
             try:
                 self._wandb_run = _init(folder, config, track)
             except Exception as error:
@@ -228,6 +233,8 @@ def whole_summary(rows: list[dict[str, Any]], summary: Mapping[str, Any]) -> dic
     for key, last in whole.items():
         if best := best_of(key):
             values = [row[key] for row in rows if key in row and row[key] == row[key]]
+            if not values and key.startswith("eval/"):
+                values = [last]  # never evaluated while it trained: its score has the same name nevertheless
             if values:
                 whole[key] = {best: max(values) if best == "max" else min(values), "last": last}
     return whole
@@ -268,19 +275,29 @@ def _media_keys(row: Mapping[str, Any]) -> list[tuple[str, str, int]]:
     return [(key, axis, row[axis]) for key in keys for axis in AXES if axis in row]
 
 
-def _check_server() -> None:
-    """Raises `ConnectionError` where W&B's server does not answer, which W&B itself tries for 90 seconds."""
-    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+def server_url() -> str:
+    """W&B's server, as W&B itself finds it: a variable, the settings of `wandb login --host`, its default."""
+    if url := os.environ.get("WANDB_BASE_URL"):
+        return url
+    import wandb
+
+    settings = wandb.Settings()  # not wandb.setup(), which starts W&B's process
+    with contextlib.suppress(AttributeError):  # not promised by W&B
+        settings.update_from_system_settings()
+    return str(settings.base_url)
+
+
+def check_server(kept: str) -> None:
+    """Raises `ConnectionError`, which says what was kept and how to send it, where W&B's server does not
+    answer; W&B itself tries that for 90 seconds."""
+    url = server_url()
     try:
         urllib.request.urlopen(url, timeout=SERVER_S).close()
     except urllib.error.HTTPError:
         pass  # it answers
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", None) or error
-        raise ConnectionError(
-            f"W&B's server {url} does not answer ({reason}): nothing was sent, all rows are kept in the run "
-            "folders; train with --track offline, and send them later with `foveal sync RESULTS`"
-        ) from error
+        raise ConnectionError(f"W&B's server {url} does not answer ({reason}): {kept}") from error
 
 
 def _init(folder: Path, config: Mapping[str, Any], track: str) -> Any:
@@ -308,7 +325,7 @@ def _init(folder: Path, config: Mapping[str, Any], track: str) -> Any:
         settings = wandb.Settings(**options)
     run = wandb.init(
         settings=settings,
-        project=os.environ.get("WANDB_PROJECT", "foveal"),
+        project=os.environ.get("WANDB_PROJECT") or PROJECT,
         id=origin["id"],
         # Offline, every start is a file of its own; the files of one id become one run when they are synced.
         resume="allow" if track == "online" else None,
@@ -326,7 +343,7 @@ def _init(folder: Path, config: Mapping[str, Any], track: str) -> Any:
 
 
 @contextlib.contextmanager
-def _wandb_environment(folder: Path) -> Iterator[None]:
+def wandb_environment(folder: Path) -> Iterator[None]:
     """W&B stages artifacts and keeps its logs in the home folder; these variables, which it reads at any
     time, keep a run in one place. Error reports would go over the network, offline too."""
     wanted = {
@@ -351,9 +368,12 @@ def _wandb_environment(folder: Path) -> Iterator[None]:
 def _has_key() -> bool:
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
-    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    hosts = [urllib.parse.urlsplit(server_url()).netloc]
+    if hosts[0].endswith("forge.coreweave.com"):
+        hosts.append("api.wandb.ai")  # the same server, by the name that older logins have
     for file in (os.environ.get("NETRC"), "~/.netrc", "~/_netrc"):
         if file:
             with contextlib.suppress(OSError, netrc.NetrcParseError):
-                return netrc.netrc(os.path.expanduser(file)).authenticators(host) is not None
+                found = netrc.netrc(os.path.expanduser(file))
+                return any(found.authenticators(host) is not None for host in hosts)
     return False

@@ -24,7 +24,9 @@ class Server:
         self.files: dict[str, bytes] = {}
         """What was uploaded, by path."""
         self.artifacts: list[dict[str, Any]] = []
-        self.views: list[dict[str, Any]] = []
+        self.projects = {"foveal"}
+        self.views: dict[str, dict[str, Any]] = {}
+        """Workspaces ("type" is project-view) and reports (runs) by their id, as upsertView gave them."""
         self.asked: list[str] = []
         """The names of all queries."""
 
@@ -69,7 +71,7 @@ class Server:
                     {"name": f, "uploadUrl": f"{self.url}/up/{given['run']}/{f}"} for f in given["files"]
                 ]
                 return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
-            case "Viewer":
+            case "Viewer" | "GetDefaultEntity":
                 return {
                     "viewer": {
                         "id": "u",
@@ -100,6 +102,39 @@ class Server:
                 return {"createArtifactManifest": {"artifactManifest": manifest}}
             case "CommitArtifact":
                 return {"commitArtifact": {"artifact": {"id": given["artifactID"], "digest": "d"}}}
+            case "GetProjects":
+                page = {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False}
+                about = {"__typename": "Project", "id": "p", "entityName": given["entity"], "user": None}
+                about |= {"createdAt": "2026-01-01T00:00:00Z", "isBenchmark": False}
+                edges = [{"node": {**about, "name": name}} for name in sorted(self.projects)]
+                return {"models": {"pageInfo": page, "edges": edges}}
+            case "CreateProject":
+                self.projects.add(given["input"]["name"])
+                return {"result": None}
+            case "ProjectInternalId":
+                known = given["projectName"] in self.projects
+                return {"project": {"id": "p", "internalId": "7"} if known else None}
+            case "View" | "ProjectViews":  # workspaces, reports
+                wanted = {
+                    "type": given.get("viewType", "runs"),
+                    "projectName": given.get("project", given.get("name")),
+                }
+                if given.get("viewName"):
+                    wanted["name"] = given["viewName"]
+                views = [
+                    {**view, "user": None} for view in self.views.values() if wanted.items() <= view.items()
+                ]
+                page = {"endCursor": None, "hasNextPage": False}
+                edges = [{"node": view, "cursor": view["id"]} for view in views]
+                return {"project": {"allViews": {"edges": edges, "pageInfo": page}}}
+            case "UpsertView2" | "upsertView":
+                assert given["projectName"] in self.projects
+                view_id = given.get("id") or f"view{len(self.views) + 1}"
+                inserted = view_id not in self.views
+                now = {"createdAt": "2026-01-01T00:00:00Z", "updatedAt": "2026-01-01T00:00:00Z"}
+                self.views[view_id] = view = {**given, "id": view_id, **now}
+                project = {"id": "p", "name": given["projectName"], "entityName": given["entityName"]}
+                return {"upsertView": {"view": {**view, "project": project}, "inserted": inserted}}
         return {}
 
     def stream(self, name: str, body: dict[str, Any]) -> None:
