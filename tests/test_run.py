@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,6 +33,38 @@ def lines(run: Run) -> list[dict]:
 def fill(run: Run, steps: range, shift: float = 0.0) -> None:
     for step in steps:
         run.log({"env_step": step, "train/loss": 1 / (step + 1) + shift, "time/now": random.random()})
+
+
+def test_a_row_is_written_as_json_dumps_writes_it(tmp_path):
+    run = start(tmp_path)
+    values: list[Any] = [
+        0,
+        -7,
+        2**70,
+        0.1,
+        -0.0,
+        1e22,
+        5e-324,
+        1 / 3,
+        float("nan"),
+        float("inf"),
+        -float("inf"),
+    ]
+    values += [True, False, "text", 'a "quote", a \\ and é\n', "\u2028"]
+    row = {"env_step": 3} | {f'train/é "{number}"': value for number, value in enumerate(values)}
+    scalars = {
+        "a": np.float64(0.1),
+        "b": np.float32(0.1),
+        "c": np.int64(5),
+        "d": torch.tensor(0.25),
+        "e": np.True_,
+    }
+    given = row | scalars
+    run.log(given)
+    assert given["c"] is scalars["c"]  # the caller's row stays as it is
+    run.finish("finished")
+    plain = row | {"a": 0.1, "b": float(np.float32(0.1)), "c": 5, "d": 0.25, "e": True}
+    assert (run.path / "metrics.jsonl").read_text() == json.dumps(plain) + "\n"
 
 
 def test_the_folder_says_what_ran(tmp_path):
