@@ -361,7 +361,7 @@ def _fit(run: Run, model: Model, options: FitOptions, dataset: Dataset) -> Run:
     say(f"weights: {chosen}")
     say(f"run folder: {run.path}")
     quoted = shlex.quote(str(run.path))
-    if run.config["run"]["track"] == "offline":
+    if run.track == "offline":
         say(f"offline W&B run, to send once logged in: foveal sync {quoted}")
     say(f"again: foveal evaluate {quoted}")
     run.finish("finished")

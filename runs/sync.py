@@ -84,10 +84,8 @@ def send(run: Run) -> int:
             sent = [*sent, key]
     failed = run.summary.get("state") not in ("finished", "stopped")
     tracker.finish(rows, run.summary, failed=failed)
-    if tracker.broken:
-        raise ConnectionError(
-            f"W&B's server broke off: all is kept in {run.path}; send the rest with `foveal sync {run.path}`"
-        )
+    if tracker.failure:
+        raise ConnectionError(tracker.failure)
     write_json(run.path / "wandb" / MARK, {**_state_of(run), "artifacts": sent})
     return len(rows) - tracker.rows_there
 

@@ -9,6 +9,8 @@ import contextlib
 import netrc
 import os
 import queue
+import shlex
+import sys
 import threading
 import time
 import urllib.error
@@ -34,6 +36,8 @@ FINISH_S = 30
 """Seconds that the end of a run may wait for W&B's process to write the end of its file."""
 SERVER_S = 10
 """Seconds to wait for W&B's server before a run starts."""
+PATIENCE_S = 3
+"""Seconds that the end of an online run waits before it says so."""
 SEND_S = 120
 """Seconds that the end of an online run may wait for the server to take the rest."""
 
@@ -67,7 +71,8 @@ class Tracker:
         self.rows_there = sum(not is_media(line.row) for line in lines[:there])
         self._media_sent = {key for line in lines for key in _media_keys(line.row)}
         self._declared: set[str] = set()
-        self.broken = False
+        self.failure: str | None = None
+        """Once W&B gets nothing more: why, what is kept where, and how to send it, in one line."""
         # Of the queues, the one whose put a signal handler may interrupt and call again.
         self._queue: queue.SimpleQueue[tuple[Any, ...] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._write, name="wandb-writer", daemon=True)
@@ -100,6 +105,13 @@ class Tracker:
         """Wait until everything is sent, set W&B's summary to that of the whole run, and end."""
         self._put(self._finish, rows, summary, failed)
         self._queue.put(None)
+        self._thread.join(PATIENCE_S)
+        if self._thread.is_alive() and self._track == "online":
+            print(
+                f"waiting for W&B's server, {SEND_S} s at most: all is in {self._folder} already",
+                file=sys.stderr,
+                flush=True,
+            )
         self._thread.join()
         self._leave()
 
@@ -111,7 +123,7 @@ class Tracker:
     def _write(self) -> None:
         while item := self._queue.get():
             do, *arguments = item
-            if self.broken:
+            if self.failure:
                 continue
             try:
                 do(*arguments)
@@ -119,14 +131,18 @@ class Tracker:
                 self._failed(do, error)
 
     def _failed(self, do: Callable[..., None], error: Exception) -> None:
-        message = f"W&B failed: {str(error) or type(error).__name__}. The run goes on"
+        reason = str(error).rstrip(".") or type(error).__name__
         if do in (self._media, self._media_again, self._artifact):
-            warnings.warn(f"{message}: one image, video or artifact is not in W&B", stacklevel=1)
+            lost = "The run goes on: one image, video or artifact is not in W&B"
+            warnings.warn(f"W&B failed: {reason}. {lost}", stacklevel=1)
             return
         # Rows are sent in order or not at all: a resume counts those that are there.
-        self.broken = True
-        again = f"metrics.jsonl has every row, and a resume or `foveal sync {self._folder}` sends the rest"
-        warnings.warn(f"{message} without it: {again}", stacklevel=1)
+        self.failure = (
+            f"W&B has not all of this run ({reason}): it is kept whole in {self._folder}; "
+            f"send the rest with `foveal sync {shlex.quote(str(self._folder))}`"
+        )
+        if do != self._finish:
+            warnings.warn(f"W&B failed: {reason}. The run goes on without it", stacklevel=1)
         import wandb
 
         with contextlib.suppress(Exception):
@@ -199,6 +215,8 @@ class Tracker:
 def axis_of(row: Mapping[str, Any]) -> str:
     """The axis that a row is logged against. Raises `ValueError` if it has none, or one that is no int."""
     for axis in AXES:
+        if type(row.get(axis)) is int:
+            return axis
         if axis in row:
             if isinstance(row[axis], int) and not isinstance(row[axis], bool):
                 return axis
@@ -317,7 +335,13 @@ def _init(folder: Path, config: Mapping[str, Any], track: str) -> Any:
         "x_save_requirements": False,
     }
     if track == "online":
-        options |= {"init_timeout": 30.0, "finish_timeout": float(SEND_S), "finish_timeout_raises": True}
+        # The server by name: W&B keeps what it found at its first start in a process.
+        options |= {
+            "base_url": server_url(),
+            "init_timeout": 30.0,
+            "finish_timeout": float(SEND_S),
+            "finish_timeout_raises": True,
+        }
     # Rows then reach the file within a second; by default, a kill loses 15. An internal setting: it may go.
     try:
         settings = wandb.Settings(**options, x_transaction_log_flush_interval=1)

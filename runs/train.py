@@ -340,7 +340,7 @@ def _conclude(run: Run, agent: Agent, options: Options, wall_s: float) -> None:
     say(f"weights: {chosen}")
     say(f"run folder: {run.path}")
     quoted = shlex.quote(str(run.path))
-    if run.config["run"]["track"] == "offline":
+    if run.track == "offline":
         say(f"offline W&B run, to send once logged in: foveal sync {quoted}")
     say(f"again: foveal evaluate {quoted}{imports_of(run)}")
 

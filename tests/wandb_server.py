@@ -29,6 +29,8 @@ class Server:
         """Workspaces ("type" is project-view) and reports (runs) by their id, as upsertView gave them."""
         self.asked: list[str] = []
         """The names of all queries."""
+        self.away = threading.Event()
+        """While it is set, the server takes connections and answers nothing."""
 
     @property
     def environment(self) -> dict[str, str]:
@@ -163,6 +165,9 @@ def wandb_server() -> Iterator[Server]:
 
         def handle_one(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if server.away.is_set():
+                self.close_connection = True
+                return
             content: Any = {}
             if self.command == "PUT":
                 server.files[self.path] = body

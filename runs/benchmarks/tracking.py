@@ -1,23 +1,20 @@
 """What tracking costs the training, and how fast its files are read.
 
-    python -m foveal.runs.benchmarks.tracking            # about 3 CPU minutes
+    python -m foveal.runs.benchmarks.tracking            # about 2 CPU minutes
 
 1. Microseconds that `Run.log` takes its caller for a row of 20 values, with 50 ms of computing between two
    rows (training logs less often) and in a tight loop, where W&B's thread competes with every row.
-2. The share of DQN's steps/s on CartPole that tracking takes at its default logging: W&B offline against off,
-   each in a process of its own, in wall time and in CPU time (all threads, and W&B's processes). Off and
-   offline take turns, so that a machine that gets slower or faster meets both; the median over the pairs.
-3. The same share seen directly, where a busy machine blurs 2: the CPU time of a process that does nothing but
-   log a row a second, W&B's processes with it, as a share of one core.
-4. Records a second that our reader of W&B's files gets through.
+2. The share of DQN's steps/s on CartPole that tracking takes at its default logging, one row every 1,000
+   steps. One training goes on while its rows go to a run that is tracked offline and to one that is not, in
+   turn (ABBA), so that whatever slows the machine down meets both: the median over pairs of neighbours, of
+   wall time, with its 95 % bootstrap interval. And the same share as CPU time, which a busy machine does not
+   blur: what a row takes the caller, W&B's thread and W&B's process, over what 1,000 steps take.
+3. Records a second that our reader of W&B's files gets through.
 """
 
 import argparse
 import json
 import os
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -36,34 +33,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pairs", type=int, default=5, help="DQN runs off and offline, each")
-    parser.add_argument("--env-steps", type=int, default=20_000, help="of each DQN run")
+    parser.add_argument("--pairs", type=int, default=40, help="of 1,000 steps tracked offline, and not")
     parser.add_argument("--out", type=Path, default=RESULTS / "tracking.json")
-    parser.add_argument("--train", choices=("off", "offline"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.train:
-        print(json.dumps(train(arguments.train, arguments.env_steps)))
-        return
 
     results = machine_info()
-    results["share_of_a_core"] = {track: share_of_a_core(track, 30) for track in ("off", "offline")}
-    print(f"a row a second takes this share of a core: {results['share_of_a_core']}", flush=True)
     for track in ("off", "offline"):
         results[f"log, {track}"] = log_cost(track, rows=300, work_s=0.05)
         results[f"log in a tight loop, {track}"] = log_cost(track, rows=3000, work_s=0)
         print(track, results[f"log, {track}"], results[f"log in a tight loop, {track}"], flush=True)
-    pairs = []
-    for number in range(arguments.pairs):
-        order = ("off", "offline") if number % 2 == 0 else ("offline", "off")
-        pair = {track: in_a_process(track, arguments.env_steps) for track in order}
-        print(pair, flush=True)
-        pairs.append(pair)
-    results["dqn"] = {"env_steps": arguments.env_steps, "pairs": pairs}
-    for unit in ("wall_s", "cpu_s"):
-        shares = [pair["offline"][unit] / pair["off"][unit] - 1 for pair in pairs]
-        results["dqn"][f"share_of_{unit}"] = statistics.median(shares)
-        low, middle, high = min(shares), statistics.median(shares), max(shares)
-        print(f"tracking takes {middle:.2%} of {unit} ({low:.2%} to {high:.2%})")
+    results["dqn"] = share_of_training(arguments.pairs)
+    print(json.dumps({key: value for key, value in results["dqn"].items() if key != "wall_s"}, indent=2))
     write_results(arguments.out, results)
 
 
@@ -90,64 +70,74 @@ def log_cost(track: str, rows: int, work_s: float) -> dict[str, float]:
     return {name: round(float(value), 1) for name, value in cost.items()}
 
 
-def share_of_a_core(track: str, seconds: int) -> float:
-    with tempfile.TemporaryDirectory() as results:
-        run = create_run(results, group="benchmark", name="idle", config={}, track=track)
-        run.log(ROW)
-        time.sleep(1)
-        start, cpu = time.perf_counter(), cpu_s()
-        for step in range(1, seconds + 1):
-            run.log(ROW | {"env_step": step})
-            time.sleep(1)
-        share = (cpu_s() - cpu) / (time.perf_counter() - start)
-        run.finish("finished")
-    return round(share, 5)
-
-
-def in_a_process(track: str, env_steps: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "foveal.runs.benchmarks.tracking"]
-    command += ["--train", track, "--env-steps", str(env_steps)]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    return json.loads(done.stdout)
-
-
-def train(track: str, env_steps: int) -> dict[str, Any]:
-    """Seconds that one DQN run takes from its second row to its last, and those to start and end tracking."""
+def share_of_training(pairs: int) -> dict[str, Any]:
+    """What tracking takes of DQN on CartPole: wall time by pairs of blocks, CPU time by who spends it."""
     import torch
 
     from ...agents import DQN
 
     torch.set_num_threads(1)
+    wall: dict[str, list[float]] = {"off": [], "offline": []}
+    calls = 0.0
     with tempfile.TemporaryDirectory() as results:
-        start = time.perf_counter()
-        run = create_run(results, group="benchmark", name="dqn", config={"agent": "dqn"}, track=track)
-        start_s = time.perf_counter() - start
-        rows = DQN("CartPole-v1", seed=1).training(env_steps)
-        for _ in range(2):  # the updates have begun, everything is imported
-            run.log(next(rows))
-        wall, cpu = time.perf_counter(), cpu_s()
-        for row in rows:
-            run.log(row)
-        wall, cpu = time.perf_counter() - wall, cpu_s() - cpu
-        start = time.perf_counter()
-        run.finish("finished")
-        end_s = time.perf_counter() - start
-    times = {"wall_s": wall, "cpu_s": cpu, "start_s": start_s, "end_s": end_s}
-    return {name: round(seconds, 3) for name, seconds in times.items()}
+        begin = time.perf_counter()
+        start: dict[str, Any] = {"group": "benchmark", "name": "dqn", "config": {"agent": "dqn"}}
+        runs = {track: create_run(results, **start, track=track) for track in wall}
+        start_s = time.perf_counter() - begin
+        assert runs["offline"]._tracker is not None
+        clock = time.pthread_getcpuclockid(runs["offline"]._tracker._thread.ident or 0)
+        rows = DQN("CartPole-v1", seed=1).training(1_000 * (2 * pairs + 3))
+        for _ in range(3):  # the updates have begun, everything is imported
+            row = next(rows)
+            runs["offline"].log(row)
+        time.sleep(2)
+        before = time.process_time(), time.clock_gettime(clock), children_cpu_s()
+        for number in range(2 * pairs):
+            track = ("off", "offline", "offline", "off")[number % 4]
+            began, cpu = time.perf_counter(), time.thread_time()
+            runs[track].log(row)
+            if track == "offline":
+                calls += time.thread_time() - cpu
+            row = next(rows)
+            wall[track].append(time.perf_counter() - began)
+        time.sleep(2)  # what W&B has not done yet counts too
+        after = time.process_time(), time.clock_gettime(clock), children_cpu_s()
+        begin = time.perf_counter()
+        for run in runs.values():
+            run.finish("finished")
+        end_s = time.perf_counter() - begin
+    process, thread, service = (now - then for now, then in zip(after, before))
+    ratios = np.array(wall["offline"]) / np.array(wall["off"]) - 1
+    draws = np.random.default_rng(0).integers(0, pairs, (10_000, pairs))
+    low, high = np.percentile(np.median(ratios[draws], axis=1), [2.5, 97.5])
+    training = (process - thread - calls) / (2 * pairs)
+    # W&B's process works by the clock (it samples the machine), so in the blocks of both kinds.
+    spent = {"caller": calls / pairs, "thread": thread / pairs, "W&B's process": service / (2 * pairs)}
+    return {
+        "pairs": pairs,
+        "wall_share": round(float(np.median(ratios)), 5),
+        "wall_share_ci95": [round(float(low), 5), round(float(high), 5)],
+        "cpu_us_of_1000_steps": {who: round(seconds * 1e6, 1) for who, seconds in spent.items()},
+        "cpu_ms_of_1000_steps": round(training * 1e3, 2),
+        "cpu_share": round(sum(spent.values()) / training, 5),
+        "cpu_share_of_this_process": round((spent["caller"] + spent["thread"]) / training, 5),
+        "start_s": round(start_s, 3),
+        "end_s": round(end_s, 3),
+        "wall_s": {track: [round(seconds, 4) for seconds in blocks] for track, blocks in wall.items()},
+    }
 
 
-def cpu_s() -> float:
-    """CPU seconds of this process, all threads, and of its children and theirs (on Linux), which is W&B's
-    service."""
-    seconds, family = time.process_time(), {os.getpid()}
+def children_cpu_s() -> float:
+    """CPU seconds of this process's children and theirs (on Linux), to the nanosecond: W&B's service."""
+    seconds, family = 0.0, {os.getpid()}
     for stat in sorted(Path("/proc").glob("[0-9]*/stat"), key=lambda path: int(path.parent.name)):
         try:
-            fields = stat.read_text().rpartition(")")[2].split()  # from the third on: state, parent, ...
+            if int(stat.read_text().rpartition(")")[2].split()[1]) in family:
+                family.add(int(stat.parent.name))
+                tasks = stat.parent.glob("task/*/schedstat")
+                seconds += sum(int(task.read_text().split()[0]) for task in tasks) / 1e9
         except OSError:
             continue  # gone by now
-        if int(fields[1]) in family:
-            family.add(int(stat.parent.name))
-            seconds += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
     return seconds
 
 
