@@ -103,7 +103,7 @@ def closing(run: Run) -> Iterator[None]:
         with suppress(OSError):  # the disk may be full, which must not hide what happened
             run.finish("stopped" if on_purpose else "failed")
         saved = next(iter(newest_first(run.path / "checkpoints")), None)
-        if saved is not None:
+        if saved is not None and run.summary.get("state") != "finished":
             print(f"saved up to {saved.name}; to go on: {resume_command(run)}", file=sys.stderr)
         raise
 

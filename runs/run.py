@@ -161,9 +161,11 @@ class Run:
         finally:
             if self._tracker:
                 tracker, self._tracker = self._tracker, None
-                tracker.finish(self.rows(), self.summary, failed=state == "failed")
-                if tracker.failure:
-                    warnings.warn(tracker.failure, stacklevel=1)
+                try:
+                    tracker.finish(self.rows(), self.summary, failed=state == "failed")
+                finally:
+                    if tracker.failure:
+                        warnings.warn(tracker.failure, stacklevel=1)
 
     def _start(self, track: str) -> None:
         """Open metrics.jsonl for writing, mark the run as running, start W&B and send it what it lacks."""

@@ -105,15 +105,18 @@ class Tracker:
         """Wait until everything is sent, set W&B's summary to that of the whole run, and end."""
         self._put(self._finish, rows, summary, failed)
         self._queue.put(None)
-        self._thread.join(PATIENCE_S)
-        if self._thread.is_alive() and self._track == "online":
-            print(
-                f"waiting for W&B's server, {SEND_S} s at most: all is in {self._folder} already",
-                file=sys.stderr,
-                flush=True,
-            )
-        self._thread.join()
-        self._leave()
+        try:
+            self._thread.join(PATIENCE_S)
+            if self._thread.is_alive() and self._track == "online":
+                words = f"waiting for W&B's server (Ctrl-C ends it): {self._folder} has everything"
+                print(words, file=sys.stderr, flush=True)
+            self._thread.join()
+        except KeyboardInterrupt:
+            self._fail("interrupted")
+            _kill_service()
+            raise
+        finally:
+            self._leave()
 
     def _put(self, *item: Any) -> None:
         while self._queue.qsize() >= QUEUE:
@@ -137,16 +140,19 @@ class Tracker:
             warnings.warn(f"W&B failed: {reason}. {lost}", stacklevel=1)
             return
         # Rows are sent in order or not at all: a resume counts those that are there.
-        self.failure = (
-            f"W&B has not all of this run ({reason}): it is kept whole in {self._folder}; "
-            f"send the rest with `foveal sync {shlex.quote(str(self._folder))}`"
-        )
+        self._fail(reason)
         if do != self._finish:
             warnings.warn(f"W&B failed: {reason}. The run goes on without it", stacklevel=1)
         import wandb
 
         with contextlib.suppress(Exception):
             wandb.teardown()  # or W&B's own hook shows a traceback when Python exits
+
+    def _fail(self, reason: str) -> None:
+        self.failure = self.failure or (
+            f"W&B has not all of this run ({reason}): it is kept whole in {self._folder}; "
+            f"send the rest with `foveal sync {shlex.quote(str(self._folder))}`"
+        )
 
     def _log(self, axis: str, row: Mapping[str, Any]) -> None:
         for key in row:
@@ -364,6 +370,17 @@ def _init(folder: Path, config: Mapping[str, Any], track: str) -> Any:
     for logs in folder.glob("wandb/*run-*/logs"):
         (logs / "debug-core.log").unlink(missing_ok=True)  # glob would not find it where it dangles already
     return run
+
+
+def _kill_service() -> None:
+    """End W&B's process, which at Python's exit would wait for its server. This reaches into W&B; where that
+    has become another, it does nothing."""
+    import wandb
+
+    with contextlib.suppress(Exception):
+        wandb.setup()._connection._proc._process.kill()  # type: ignore[union-attr]
+    with contextlib.suppress(Exception, SystemExit):  # it exits, as killed as its process
+        wandb.teardown()
 
 
 @contextlib.contextmanager
