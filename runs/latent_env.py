@@ -69,6 +69,7 @@ class LatentEnv(gym.Wrapper):
 
     def look(self, frame: np.ndarray) -> np.ndarray:
         """The observation (D + H,) float32 of a frame, after the steps before it."""
-        self.z = self.model.vae.encode(torch.from_numpy(frame).unsqueeze(0))
+        with torch.inference_mode():  # `vae.encode` checks its images, which takes as long as this
+            self.z = self.model.vae.network.encode(torch.from_numpy(frame).unsqueeze(0), None).mean
         seen = [self.z, self.state[:, : self.model.config.hidden_size]] if self.memory else [self.z]
         return torch.cat(seen, 1)[0].numpy()
