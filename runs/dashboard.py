@@ -226,6 +226,8 @@ def dashboard(given: Dashboard) -> int:
         raise ValueError("a dashboard needs wandb-workspaces: pip install 'foveal[dashboard]'")
     if given.out is not None and not given.spec:
         raise ValueError(f"out: got {given.out} without --spec, whose file it is")
+    if given.out is not None and given.out.is_dir():
+        raise ValueError(f"out: got {given.out}, which is a folder; takes a file")
     if given.spec and given.save:
         raise ValueError("spec and save exclude each other: print what would be sent, or send it")
     board = design(given)
