@@ -10,8 +10,9 @@ with the reward R = 1 for a right answer. The cross-entropy trains classifier, c
 REINFORCE trains the locator alone, for its loss sees the state and the locations as given; so does the
 baseline b_t. The paper weighs the last term; Adam takes each weight's steps as long whatever its loss is
 multiplied by, so what is set here is the locator's step size (`locator_rate`). Where we deviate: Adam for
-momentum, and as options an LSTM or GRU as core, answers that are asked for after every glimpse, and random
-looks.
+momentum; what and where are multiplied, not added (`GlimpseEncoder`); the locator's bias is another one for
+each look, which begin on a ring around the centre; the Gaussian may narrow over the training; and as options
+an LSTM or GRU as core, answers that are asked for after every glimpse, and random looks.
 
 Images go to the device once, and a batch of whole episodes is one graph: `unroll` plays them. The environment
 `foveal/Glimpse-v0` plays the same episodes step by step.
@@ -40,6 +41,7 @@ from ..vision.optimization import (
     adam_step,
     flatten_parameters,
     keep_freed_memory,
+    linear,
     take_gradient,
     views_of,
 )
@@ -63,14 +65,17 @@ class RAMConfig:
     """Where the first glimpse is taken; anywhere is the paper's, and on MNIST much harder to learn from."""
     looking: Literal["learned", "random"] = "learned"
     """Where the others are: by the locator, or anywhere, which is the baseline."""
-    std: float = 0.15
+    std: float = 0.1
     """Standard deviation of the Gaussian that looks are drawn from, greater than 0."""
+    std_final: float | None = None
+    """What it falls to, in a straight line over the training, and what drawn looks have after it; None keeps
+    it. Wide at first to find better places, narrow at last because answers are given at the means."""
     core: Literal["rnn", "lstm", "gru"] = "rnn"
     """What remembers: the paper's rectified network, or one with gates."""
     hidden: int = 256
     """Width of the core."""
-    glimpse_hidden: int = 128
-    """Width of each half of the glimpse network, what and where."""
+    glimpse_hidden: int = 256
+    """Width of the glimpse network, of what and of where."""
     answers: Literal["last", "every"] = "last"
     """Which answers the cross-entropy counts: the paper's last one, or the mean over all. Only the last is
     rewarded."""
@@ -95,8 +100,8 @@ class RAMConfig:
         for name in ("glimpses", "patch", "scales", "hidden", "glimpse_hidden", "batch_size", "monte_carlo"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be 1 or more, got {getattr(self, name)}")
-        for name in ("std", "learning_rate", "locator_rate"):
-            if not 0 < getattr(self, name) < math.inf:
+        for name in ("std", "std_final", "learning_rate", "locator_rate"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be greater than 0, got {getattr(self, name)}")
         for name, known in (
             ("first", ("random", "centre")),
@@ -116,12 +121,15 @@ RAM_CORES: dict[str, Any] = {"rnn": RNN, **CORES}
 def recipe(
     backbone: str | None = None, dataset: str | None = None, encoder: str | None = None, **changes: Any
 ) -> RAMConfig:
-    """The settings known to work, with `changes` made. ValueError for a backbone or an encoder: it has its
-    own."""
+    """The settings known to work on a dataset, with `changes` made. ValueError for a backbone or an encoder:
+    it has its own."""
     for name, given in (("backbone", backbone), ("encoder", encoder)):
         if given is not None:
             raise ValueError(f"{name}: ram has a glimpse network of its own, got {given!r}")
-    return RAMConfig(**changes)
+    settings: dict[str, Any] = {"std_final": 0.03}
+    if dataset == "mnist":
+        settings["augment"] = ("crop:1",)
+    return RAMConfig(**{**settings, **changes})
 
 
 class RAMNetwork(nn.Module):
@@ -129,8 +137,8 @@ class RAMNetwork(nn.Module):
 
     def __init__(self, values: int, classes: int, config: RAMConfig):
         super().__init__()
-        self.encoder = GlimpseEncoder(values, config.glimpse_hidden, config.hidden)
-        self.core = RAM_CORES[config.core](config.hidden, config.hidden)
+        self.encoder = GlimpseEncoder(values, config.glimpse_hidden)
+        self.core = RAM_CORES[config.core](config.glimpse_hidden, config.hidden)
         self.locator = nn.Linear(config.hidden, 2)
         self.baseline = nn.Linear(config.hidden, 1)
         self.classifier = nn.Linear(config.hidden, classes)
@@ -138,15 +146,26 @@ class RAMNetwork(nn.Module):
         spread_kinks(self.encoder.where)
         for head, gain in ((self.locator, 0.01), (self.baseline, 0.01), (self.classifier, 0.01)):
             orthogonal(head, gain)
+        self.scan = nn.Parameter(ring(config.glimpses - 1))
 
     def forward(self, glimpses: Tensor, locations: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """One glimpse in [0, 1] (B, ...) at locations (B, 2): what the core gives (B, hidden), and its state
         (B, S)."""
         return self.core.step(self.core.project(self.encoder(glimpses, locations)), state)
 
-    def means(self, hidden: Tensor) -> Tensor:
-        """Where to look next, (..., hidden) -> (..., 2) in (-1, 1). No gradient goes on to the core."""
-        return self.locator(hidden.detach()).tanh()
+    def means(self, hidden: Tensor, taken: int | Tensor) -> Tensor:
+        """Where to look when so many glimpses are `taken`, from 1, and the core gave (B, hidden): (B, 2) in
+        (-1, 1). No gradient goes on to the core."""
+        return (self.locator(hidden.detach()) + self.scan[taken - 1]).tanh()
+
+
+def ring(looks: int) -> Tensor:
+    """Looks before anything is learned, (looks, 2), in front of the tanh: in turn around the centre, half way
+    to the border, one alone at the centre. Were they all there, the classifier would learn from nothing else
+    at first."""
+    angle = 2 * math.pi * torch.arange(looks) / max(1, looks)
+    radius = 0.45 if looks > 1 else 0.0
+    return torch.atanh(radius * torch.stack([angle.cos(), angle.sin()], 1))
 
 
 @torch.no_grad()
@@ -205,7 +224,7 @@ def unroll(
                 sample = noise[t]
             else:
                 with torch.no_grad():  # the loss makes the means again, of all steps at once
-                    sample = network.means(output) + config.std * noise[t]
+                    sample = network.means(output, t + 1) + config.std * noise[t]
             location = sample.clamp(-1, 1)
             locations.append(location)
             samples.append(sample)
@@ -244,7 +263,8 @@ def ram_losses(network: RAMNetwork, episodes: Episodes, labels: Tensor, config: 
     baseline_loss = (baselines - reward).square().sum(0).mean()
     look_loss = logits.new_zeros(())
     if config.looking == "learned":
-        log_p = log_density(episodes.samples, network.means(before), config.std)
+        taken = torch.arange(1, len(before) + 1, device=before.device).unsqueeze(1)
+        log_p = log_density(episodes.samples, network.means(before, taken), config.std)
         look_loss = -(log_p * (reward - baselines.detach())).sum(0).mean()
     return Losses(classifier_loss, baseline_loss, look_loss, right.sum())
 
@@ -329,7 +349,8 @@ class RAM(Model):
             rate = self.config.learning_rate
             if self.config.schedule == "cosine":
                 rate *= 0.5 * (1 + math.cos(math.pi * self.grad_step / total_steps))
-            sums += self.update(batch.images, batch.labels, rate)
+            std = linear(self.config.std, self.config.std_final, self.grad_step / total_steps)
+            sums += self.update(batch.images, batch.labels, rate, std)
             images, steps, self.grad_step = images + len(batch), steps + 1, self.grad_step + 1
             reporting = self.grad_step % log_every == 0 or self.shuffle.at_end
             if not reporting and self.grad_step < total_steps:
@@ -354,15 +375,17 @@ class RAM(Model):
             sums.zero_()
             images, steps, clock = 0, 0, time.perf_counter()
 
-    def update(self, images: Tensor, labels: Tensor, learning_rate: float) -> Tensor:
-        """One gradient step on raw images (B, C, H, W) and labels (B,): the losses and right answers (4,)."""
+    def update(self, images: Tensor, labels: Tensor, learning_rate: float, std: float) -> Tensor:
+        """One gradient step on raw images (B, C, H, W) and labels (B,), with looks drawn with `std`: the
+        losses and right answers (4,)."""
         frames = self.frame(self.augment(images, self.augment_rng))
         first, noise = self.draw(len(images), self.noise_rng)
-        episodes = unroll(self.network, frames, first, noise, self.config, self.high)
-        losses = ram_losses(self.network, episodes, labels, self.config)
+        config = replace(self.config, std=std)
+        episodes = unroll(self.network, frames, first, noise, config, self.high)
+        losses = ram_losses(self.network, episodes, labels, config)
         loss = losses.classifier_loss + losses.baseline_loss + losses.look_loss
         take_gradient(loss, self.parameters, self.gradients)
-        locator = list(self.network.locator.parameters())
+        locator = [self.network.scan, *self.network.locator.parameters()]
         before = [weight.detach().clone() for weight in locator]
         adam_step(self.flat, self.gradient, self.adam, learning_rate)
         with torch.no_grad():  # Adam's steps are proportional to its rate, so a part of a step is its rate's
@@ -390,6 +413,11 @@ class RAM(Model):
             return first, torch.zeros(between, count, 2, device=self.device)
         return first, torch.randn(between, count, 2, generator=generator).to(self.device)
 
+    @property
+    def std(self) -> float:
+        """Of looks that are drawn after the training."""
+        return self.config.std if self.config.std_final is None else self.config.std_final
+
     # What it is used for.
 
     @torch.no_grad()
@@ -402,11 +430,12 @@ class RAM(Model):
         generator = torch.Generator().manual_seed(seed)
         if not len(images):
             raise ValueError("images must be one or more, got none")
+        config = replace(self.config, std=self.std)
         locations, probabilities = [], []
         for part in images.split(batch_size):
             frames = self.frame(part.to(self.device))
             first, noise = self.draw(len(part), generator, sampled)
-            episodes = unroll(self.network, frames, first, noise, self.config, self.high)
+            episodes = unroll(self.network, frames, first, noise, config, self.high)
             locations.append(episodes.locations.cpu())
             probabilities.append(self.network.classifier(episodes.hidden).softmax(-1).cpu())
         return Looks(torch.cat(locations, 1), torch.cat(probabilities, 1))
@@ -451,9 +480,13 @@ class RAM(Model):
             state = state * ~torch.as_tensor(episode_start, device=self.device).view(-1, 1)
         output, state = self.network(glimpses, locations, state)
         _, noise = self.draw(len(locations), self.predict_rng, sampled=not deterministic)
-        where = noise[:1].view(-1, 2) if self.config.looking == "random" else self.network.means(output)
-        if self.config.looking == "learned" and not deterministic and len(noise):
-            where = where + self.config.std * noise[0]
+        where = locations  # no other look comes after the last glimpse
+        if len(noise) and self.config.looking == "random":
+            where = noise[0]
+        elif len(noise):
+            share = torch.as_tensor(obs["time"]).to(self.device).view(-1)
+            taken = (share * self.config.glimpses).round().long().clamp(1, len(noise))
+            where = self.network.means(output, taken) + self.std * noise[0]
         actions = {
             "look": where.clamp(-1, 1).cpu().numpy(),
             "answer": self.network.classifier(output).argmax(-1).cpu().numpy(),

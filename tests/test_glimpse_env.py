@@ -51,7 +51,7 @@ def test_the_trainer_and_the_environment_play_the_same_episodes():
         actions, state = ram.predict(obs, state, deterministic=True)
         if t < 2:
             with torch.no_grad():
-                means = ram.network.means(episodes.hidden[t])
+                means = ram.network.means(episodes.hidden[t], t + 1)
             np.testing.assert_allclose(actions["look"], means.numpy(), atol=1e-6)
             actions["look"] = episodes.samples[t].numpy()  # not cut: that is the environment's part
         else:

@@ -72,6 +72,17 @@ def test_each_loss_trains_its_own_parts_and_nothing_else():
             )
 
 
+def test_where_looks_go_before_anything_is_learned_is_trained_as_the_locator_is():
+    network, frames, first, noise, labels = small()
+    losses = ram_losses(network, play(network, frames, first, noise), labels, TINY)
+    for loss, trained in zip(losses[:3], (False, False, True)):
+        (gradient,) = torch.autograd.grad(loss, network.scan, retain_graph=True, materialize_grads=True)
+        assert (gradient.abs() > 0).all() if trained else not gradient.any()
+    begun = RAMNetwork(9, 4, RAMConfig(glimpses=5)).means(torch.zeros(4, 256), torch.arange(1, 5))
+    expected = torch.tensor([[0.45, 0.0], [0.0, 0.45], [-0.45, 0.0], [0.0, -0.45]])
+    torch.testing.assert_close(begun, expected)
+
+
 def test_log_density_is_the_gaussians_and_takes_samples_as_given():
     means = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
     samples = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
@@ -98,7 +109,7 @@ def test_the_score_is_of_the_sample_before_it_is_cut_so_that_its_mean_is_zero():
     )
     cut = (episodes.locations[1] != episodes.samples[0]).double().mean()
     assert cut > 0.3
-    means = network.means(episodes.hidden[0])
+    means = network.means(episodes.hidden[0], 1)
 
     def mean_score(samples: torch.Tensor) -> torch.Tensor:
         """In standard errors."""
@@ -132,7 +143,7 @@ def test_the_estimator_is_the_exact_gradient_and_a_baseline_lowers_its_variance(
         return (network.classifier(episodes.hidden[-1]).argmax(-1) == label).double()
 
     start = play(network, frame, first, torch.zeros(1, 1, 2, dtype=torch.float64), config)
-    mean = network.means(start.hidden[0])[0].detach()
+    mean = network.means(start.hidden[0], 1)[0].detach()
     axis = torch.linspace(-6, 6, 401, dtype=torch.float64)
     points = torch.cartesian_prod(axis, axis)
     weights = (-0.5 * points.square().sum(-1)).exp()
@@ -186,7 +197,7 @@ def test_losses_by_hand():
         for t in range(2):
             hidden = episodes.hidden[t, n]
             baseline = float(network.baseline(hidden))
-            mean = network.locator(hidden).tanh().detach()
+            mean = (network.locator(hidden) + network.scan[t]).tanh().detach()
             exponent = float(((episodes.samples[t, n] - mean) / 0.4).square().sum())
             log_p = -0.5 * exponent - 2 * math.log(0.4 * math.sqrt(2 * math.pi))
             mse += (baseline - reward) ** 2
@@ -224,8 +235,8 @@ def test_glimpses_seen_are_those_at_the_locations_told():
     for t in range(3):
         torch.testing.assert_close(seen[t], glimpse(images, episodes.locations[t], 3, 2).double() / 255,
                                    rtol=1e-6, atol=1e-7)  # fmt: skip
-        means = network.means(episodes.hidden[t])
         if t < 2:
+            means = network.means(episodes.hidden[t], t + 1)
             torch.testing.assert_close(episodes.samples[t], means + 0.4 * noise[t])
 
 
@@ -266,9 +277,10 @@ def test_random_looking_looks_everywhere_and_its_locator_learns_nothing():
     digits = load_dataset("digits", train_size=200)
     config = RAM.Config(glimpses=3, patch=4, looking="random", batch_size=50)
     ram = RAM(digits.space, digits.classes, config, seed=1, device="cpu")
-    before = ram.network.locator.weight.clone()
+    before = [ram.network.locator.weight.clone(), ram.network.scan.clone()]
     ram.learn(digits, 2)
-    assert torch.equal(ram.network.locator.weight, before)
+    assert torch.equal(ram.network.locator.weight, before[0])
+    assert torch.equal(ram.network.scan, before[1])
     first, *others = ram.watch(digits.test.images).locations
     assert not first.any()  # the centre
     where = torch.cat(others)
@@ -308,6 +320,24 @@ def test_rows_say_what_happened(digits):
     assert {row["train/learning_rate"] for row in constant} == {2e-3}
 
 
+def test_looks_narrow_over_the_training_and_are_drawn_at_last_with_what_is_left(digits, monkeypatch):
+    model = quick(digits, std=0.4, std_final=0.1)
+    drawn = []
+
+    def unrolled(network, frames, first, noise, config, high):
+        episodes = unroll(network, frames, first, noise, config, high)
+        means = network.means(episodes.hidden[0], 1)
+        if noise[0].any():
+            drawn.append(((episodes.samples[0] - means) / noise[0]).mean().item())
+        return episodes
+
+    monkeypatch.setattr("foveal.agents.recurrent_attention.unroll", unrolled)
+    rows_of(model, digits, 2)
+    assert drawn == pytest.approx([0.4 - 0.3 * step / 16 for step in range(16)], rel=1e-3)
+    model.watch(digits.test.images, sampled=True)
+    assert drawn[16:] == pytest.approx([0.1], rel=1e-3)
+
+
 def test_one_seed_one_training_and_the_global_generator_is_left_alone(digits):
     torch.manual_seed(3)
     first = rows_of(quick(digits), digits, 1)
@@ -322,12 +352,12 @@ def test_an_update_is_adam_on_the_sum_of_the_losses(digits):
     locator."""
     model, reference = quick(digits, locator_rate=0.2), quick(digits)
     images, labels = digits.train.images[:7], digits.train.labels[:7]
-    locator = list(reference.network.locator.parameters())
+    locator = [reference.network.scan, *reference.network.locator.parameters()]
     others = [p for p in reference.network.parameters() if all(p is not own for own in locator)]
     groups: list[dict] = [{"params": locator, "lr": 0.002}, {"params": others}]
     optimizer = torch.optim.Adam(groups, lr=0.01)
     for _ in range(3):
-        model.update(images, labels, 0.01)
+        model.update(images, labels, 0.01, model.config.std)
         first, noise = reference.draw(7, reference.noise_rng)
         episodes = unroll(
             reference.network, reference.frame(images), first, noise, reference.config, reference.high
@@ -424,7 +454,7 @@ def test_it_learns_to_find_digits_twice_as_well_as_by_chance():
     from foveal.vision.canvas import on_canvas
 
     data = on_canvas(load_dataset("digits", seed=1, size=16), 40, seed=1)
-    config = RAM.Config(glimpses=6, batch_size=256)
+    config = RAM.recipe(dataset="digits", glimpses=6, batch_size=256)
     errors = [
         RAM(data.space, data.classes, replace(config, looking=looking), seed=1, device="cpu")
         .learn(data, 12)
@@ -443,6 +473,7 @@ def test_it_learns_to_find_digits_twice_as_well_as_by_chance():
     [
         ({"glimpses": 0}, "glimpses must be 1 or more, got 0"),
         ({"std": 0.0}, "std must be greater than 0, got 0.0"),
+        ({"std_final": -0.1}, "std_final must be greater than 0, got -0.1"),
         ({"std": math.nan}, "std must be greater than 0, got nan"),
         ({"locator_rate": 0.0}, "locator_rate must be greater than 0, got 0.0"),
         ({"scales": 0}, "scales must be 1 or more, got 0"),
@@ -468,6 +499,13 @@ def test_no_images_and_other_images_are_refused(digits):
     other = replace(digits, high=255)
     with pytest.raises(ValueError, match="the model takes"):
         next(model.training(other, 1))
+
+
+def test_the_recipe_is_a_datasets_and_can_be_changed():
+    assert RAM.recipe(dataset="mnist").augment == ("crop:1",)
+    assert RAM.recipe(dataset="digits").augment == ()
+    changed = RAM.recipe(dataset="mnist", augment=(), std_final=None, glimpses=2)
+    assert changed == RAMConfig(glimpses=2)
 
 
 def test_patch_and_scales_are_the_papers_where_none_are_given(digits):

@@ -101,22 +101,22 @@ def check_glimpse(patch: int, scales: int, size: tuple[int, ...]) -> None:
 
 
 class GlimpseEncoder(nn.Module):
-    """What was seen and where, as one vector: ReLU(Linear(what) + Linear(where)), where `what` and `where`
-    are ReLU(Linear) of the glimpse and of its location (the paper's glimpse network, section 4). Pixels are
-    multiplied by 3 first: digits on black have a root mean square of a third, and of 1 after that.
+    """What was seen and where, as one vector: ReLU(Linear(glimpse)) times ReLU(Linear(location)).
+
+    The product is that of "Multiple Object Recognition with Visual Attention" (Ba et al. 2014, 1412.7755,
+    section 3): from a sum, which the older paper has, it is learned more slowly what a stroke means at which
+    place. Pixels are multiplied by 3 first: digits on black have a root mean square of a third, and of 1
+    after that.
 
     values: numbers in a glimpse, scales * C * patch * patch.
-    hidden: width of `what` and `where` each.
-    features_dim: width of the result.
+    features_dim: width of both and of the result.
     """
 
-    def __init__(self, values: int, hidden: int = 128, features_dim: int = 256):
+    def __init__(self, values: int, features_dim: int = 256):
         super().__init__()
         self.features_dim = features_dim
-        self.what, self.where = nn.Linear(values, hidden), nn.Linear(2, hidden)
-        self.both = nn.Linear(2 * hidden, features_dim)  # the sum of two linear layers
+        self.what, self.where = nn.Linear(values, features_dim), nn.Linear(2, features_dim)
 
     def forward(self, glimpses: Tensor, locations: Tensor) -> Tensor:
         """Glimpses (B, ...) scaled to [0, 1], locations (B, 2) -> (B, features_dim) float32."""
-        what, where = self.what(3 * glimpses.flatten(1)), self.where(locations)
-        return self.both(torch.cat([what, where], 1).relu()).relu()
+        return self.what(3 * glimpses.flatten(1)).relu() * self.where(locations).relu()
