@@ -158,6 +158,12 @@ class RAMNetwork(nn.Module):
         (-1, 1). No gradient goes on to the core."""
         return (self.locator(hidden.detach()) + self.scan[taken - 1]).tanh()
 
+    def taken(self, time: Tensor) -> Tensor:
+        """How many glimpses are taken, int64 (B,), of the environment's "time" (B, 1), their share; all but
+        the last at most, since no look comes after that."""
+        looks = len(self.scan)
+        return (time.flatten() * (looks + 1)).round().long().clamp(1, looks)
+
 
 def ring(looks: int) -> Tensor:
     """Looks before anything is learned, (looks, 2), in front of the tanh: in turn around the centre, half way
@@ -484,8 +490,7 @@ class RAM(Model):
         if len(noise) and self.config.looking == "random":
             where = noise[0]
         elif len(noise):
-            share = torch.as_tensor(obs["time"]).to(self.device).view(-1)
-            taken = (share * self.config.glimpses).round().long().clamp(1, len(noise))
+            taken = self.network.taken(torch.as_tensor(obs["time"]).to(self.device))
             where = self.network.means(output, taken) + self.std * noise[0]
         actions = {
             "look": where.clamp(-1, 1).cpu().numpy(),

@@ -297,7 +297,7 @@ def agent_encoder(agent: Any) -> Graph:
 def ram_policy(ram: RAM) -> Graph:
     """One glimpse of the recurrent attention model, as `foveal/Glimpse-v0` shows it: where to look next, the
     answer so far, and the core's state."""
-    network, learned = ram.network, ram.config.looking == "learned"
+    network, learned = ram.network, ram.config.looking == "learned" and ram.config.glimpses > 1
     patch, scales = resolved(ram.config)
     shape = (scales * ram.space.shape[0], patch, patch)
     inputs = (
@@ -305,18 +305,22 @@ def ram_policy(ram: RAM) -> Graph:
         Input("location", spaces.Box(-1, 1, (2,), np.float32), "x and y from -1 to 1, where it was taken"),
         Input("state", spaces.Box(-1, 1, (network.core.state_size,), np.float32), "zeros at first"),
     )
+    if learned:
+        inputs += (Input("time", spaces.Box(0, 1, (1,), np.float32), "share of the glimpses taken"),)
     outputs = {"answer": "the likeliest class so far", "scores": "logits of the classes"}
     outputs |= {"look": "where to look next"} if learned else {}
     outputs["next_state"] = "the state for the next glimpse"
 
-    def step(glimpse: Tensor, location: Tensor, state: Tensor) -> tuple[Tensor, ...]:
+    def step(
+        glimpse: Tensor, location: Tensor, state: Tensor, time: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
         output, after = network(glimpse, location, state)
         scores = network.classifier(output)
-        looks = (network.means(output).clamp(-1, 1),) if learned else ()
+        looks = () if time is None else (network.means(output, network.taken(time)).clamp(-1, 1),)
         return scores.argmax(-1), scores, *looks, after
 
     def answer(given: Arrays) -> Arrays:
-        obs = {key: given[key] for key in ("glimpse", "location")}
+        obs = {key: given[key] for key in ("glimpse", "location", "time") if key in given}
         actions, state = ram.predict(obs, torch.as_tensor(given["state"]), deterministic=True)
         looks = {"look": actions["look"]} if learned else {}
         return {"answer": actions["answer"], **looks, "next_state": state.numpy()}

@@ -121,6 +121,7 @@ def test_ram_looks_and_answers(tmp_path: Path) -> None:
     ram, session = exported(RAM(DIGITS.space, DIGITS.classes, RAM.Config(glimpses=3, patch=4)), tmp_path)
     rng = np.random.default_rng(0)
     obs = {"glimpse": rng.random((2, 1, 4, 4)), "location": rng.uniform(-1, 1, (2, 2))}
+    obs["time"] = np.array([[1 / 3], [2 / 3]])
     obs = {key: value.astype(np.float32) for key, value in obs.items()}
     state = np.zeros((2, session.get_inputs()[2].shape[1]), np.float32)
     answer, look = session.run(["answer", "look"], obs | {"state": state})
