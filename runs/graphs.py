@@ -300,7 +300,7 @@ def ram_policy(ram: RAM) -> Graph:
     network, learned = ram.network, ram.config.looking == "learned" and ram.config.glimpses > 1
     patch, scales = resolved(ram.config)
     shape = (scales * ram.space.shape[0], patch, patch)
-    inputs = (
+    inputs: tuple[Input, ...] = (
         Input("glimpse", spaces.Box(0, 1, shape, np.float32), "patches around the location, finest first"),
         Input("location", spaces.Box(-1, 1, (2,), np.float32), "x and y from -1 to 1, where it was taken"),
         Input("state", spaces.Box(-1, 1, (network.core.state_size,), np.float32), "zeros at first"),
@@ -320,7 +320,7 @@ def ram_policy(ram: RAM) -> Graph:
         return scores.argmax(-1), scores, *looks, after
 
     def answer(given: Arrays) -> Arrays:
-        obs = {key: given[key] for key in ("glimpse", "location", "time") if key in given}
+        obs = {name: array for name, array in given.items() if name != "state"}
         actions, state = ram.predict(obs, torch.as_tensor(given["state"]), deterministic=True)
         looks = {"look": actions["look"]} if learned else {}
         return {"answer": actions["answer"], **looks, "next_state": state.numpy()}
