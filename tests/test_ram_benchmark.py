@@ -52,7 +52,7 @@ def test_finished_cells_are_skipped(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", MODELS)
 def test_a_cell_is_the_model_that_did_best_on_the_validation_images(name, monkeypatch):
     settings = {"glimpses": 2, "patch": 4, "hidden": 16, "glimpse_hidden": 8}
-    task = TASKS["doubled"]._replace(size=None, side=None, epochs=1, settings=settings)
+    task = TASKS["doubled"]._replace(size=12, side=None, epochs=1, settings=settings)
     monkeypatch.setitem(TASKS, "doubled", task)
     scored = model_cell({"task": "doubled", "model": name, "seed": 0}, None)
     assert 0 < scored["error"] < 0.9
