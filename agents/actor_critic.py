@@ -65,9 +65,8 @@ class A2CConfig(PolicyConfig):
                 raise ValueError(f"{name} must be {' or '.join(choices)}, got {getattr(self, name)!r}")
 
 
-# Settings known to work, by environment id; the defaults are the paper's and the zoo's. With that constant
-# step size some seeds forget CartPole just before the end; a larger one that falls to zero keeps it. With an
-# optimizer of momentum and generalised advantages, such a step size and gradients that are hardly ever
+# Settings known to work, by environment id; the defaults are the paper's and the zoo's. With an optimizer of
+# momentum and generalised advantages, a step size that falls to zero and gradients that are hardly ever
 # clipped are what keeps these stable. Normalised advantages, of use where rewards are sparse, make a policy
 # that has learned its task lose it again.
 ADAM_GAE: dict[str, Any] = {
@@ -80,7 +79,7 @@ ADAM_GAE: dict[str, Any] = {
     "max_grad_norm": 10.0,
 }
 RECIPES: dict[str, dict[str, Any]] = {
-    "CartPole-v*": {"learning_rate": 2e-3, "learning_rate_final": 0.0},
+    "CartPole-v*": {},
     "Acrobot-v*": {"num_envs": 16, "normalize_observations": True},
     "LunarLander-v*": {**ADAM_GAE, "num_envs": 16, "gamma": 0.995, "normalize_advantage": True},
     "ALE/*": {
