@@ -189,6 +189,8 @@ def serve(listening: socket.socket) -> int:
                 os.chdir(request["cwd"])
                 os.environ.clear()
                 os.environ.update(imported | request["env"])
+                # Who starts the tests in the background of a script starts them with Ctrl-C ignored.
+                signal.signal(signal.SIGINT, signal.default_int_handler)
                 return run(request["command"])
             for file in files:
                 os.close(file)
