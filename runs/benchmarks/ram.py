@@ -14,6 +14,7 @@ says no more. Their last weights are scored by 2,000 test episodes, greedily. On
 """
 
 import fcntl
+import json
 import os
 import sys
 import time
@@ -29,7 +30,7 @@ from ...vision import Dataset, Model, load_dataset
 from ...vision.canvas import clutter_pieces, on_canvas
 from ..attention import baselines
 from ..evaluation import evaluate
-from .common import RESULTS, argument_parser, machine_info, write_results
+from .common import RESULTS, argument_parser, machine_info
 from .suite import read as read_cells
 
 
@@ -72,10 +73,13 @@ MODELS = {
 }
 STEPS = 200_000
 AGENT_CELLS: dict[str, tuple[str, dict[str, Any]]] = {
-    "ppo": ("foveal/GlimpseBox-v0", {"recurrent": "lstm", "num_envs": 64, "num_steps": 12}),
+    "ppo": (
+        "foveal/GlimpseBox-v0",
+        {"recurrent": "lstm", "num_envs": 64, "num_steps": 12, "minibatch_size": 192},
+    ),
     "dqn": ("foveal/GlimpseGrid-v0", {}),
     "reinforce": ("foveal/GlimpseGrid-v0", {}),
-    "sb3/ppo": ("foveal/GlimpseGrid-v0", {"num_envs": 64, "num_steps": 24}),
+    "sb3/ppo": ("foveal/GlimpseGrid-v0", {"num_envs": 64, "n_steps": 24, "batch_size": 256}),
 }
 """Agent -> the form of the environment that it learns from, and settings."""
 
@@ -176,7 +180,7 @@ def append(out: Path, cell: dict[str, Any]) -> None:
             key=lambda one: (order.index(one["task"]), names.index(one["model"]), one["seed"]),
         )
         draft = out.with_name(f".{out.name}.tmp")
-        write_results(draft, {"cells": cells})
+        draft.write_text(json.dumps({"cells": cells}, indent=1) + "\n")
         draft.replace(out)
     finally:
         os.close(folder)
