@@ -220,11 +220,18 @@ def on_policy_speed_table(measured: Path) -> str:
     return markdown(["env steps per CPU-second", "foveal", "Stable-Baselines3", "times"], rows)
 
 
+def ram_table(measured: Path) -> str:
+    from .benchmarks.ram import report
+
+    return report(read(measured, "ram")["cells"])
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "cartpole": cartpole_table,
     "suite": suite_table,
     "transfer": transfer_table,
     "pixelcnn": pixelcnn_table,
+    "ram": ram_table,
     "speed": speed_table,
     "on_policy_speed": on_policy_speed_table,
 }

@@ -2,8 +2,9 @@
 
 import pytest
 
+from foveal.agents import AGENTS
 from foveal.runs.benchmarks import ram as benchmark
-from foveal.runs.benchmarks.ram import MODELS, STEPS, TASKS, append, model_cell, report
+from foveal.runs.benchmarks.ram import AGENT_CELLS, MODELS, STEPS, TASKS, append, model_cell, report
 from foveal.runs.benchmarks.suite import read
 
 
@@ -58,3 +59,10 @@ def test_a_cell_is_the_model_that_did_best_on_the_validation_images(name, monkey
     assert 0 < scored["error"] < 0.9
     assert 0 < scored["validation_error"] < 0.9
     assert ("error_sampled" in scored) == (name in ("ram", "random_looking"))
+
+
+@pytest.mark.parametrize("name", AGENT_CELLS)
+def test_agents_take_the_settings_of_their_cells(name):
+    env_id, settings = AGENT_CELLS[name]
+    config = AGENTS[name].recipe(env_id, **settings)
+    assert {key: getattr(config, key) for key in settings} == settings
