@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import fcntl
 import json
 import os
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -70,3 +72,23 @@ def _git_commit() -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None
+
+
+def append_cell(
+    out: Path, cell: dict[str, Any], key: Sequence[str], rank: Callable[[dict[str, Any]], Any]
+) -> None:
+    """Put a cell, with what it ran on, among the finished ones of a file, in place of the one whose `key` is
+    the same, in the order of `rank`. Others may do so at the same time: the lock is on the folder, so that no
+    file is left behind."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(out.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        there = json.loads(out.read_text())["cells"] if out.exists() else []
+        others = [one for one in there if [one[k] for k in key] != [cell[k] for k in key]]
+        cells = sorted([*others, {**cell, "about": machine_info()}], key=rank)
+        draft = out.with_name(f".{out.name}.tmp")
+        draft.write_text(json.dumps({"cells": cells}, indent=1) + "\n")
+        draft.replace(out)
+    finally:
+        os.close(folder)

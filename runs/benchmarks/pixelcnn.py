@@ -12,9 +12,6 @@ scored. The tasks order-... are all kinds of models on the digits (17 levels), f
 many parameters. One thread.
 """
 
-import fcntl
-import json
-import os
 import sys
 import time
 from pathlib import Path
@@ -26,7 +23,7 @@ import torch
 from ...generative import ImageTransformer, PixelCNN, PixelRNN
 from ...vision import Dataset, binarize, load_dataset
 from ..statistics import bootstrap_ci
-from .common import RESULTS, argument_parser, machine_info
+from .common import RESULTS, append_cell, argument_parser
 from .suite import read
 
 
@@ -115,22 +112,9 @@ def train_cell(name: str, seed: int, data_dir: Path | None, out: Path) -> None:
 
 
 def append(out: Path, cell: dict[str, Any]) -> None:
-    """Put a cell among the finished ones, in place of an older one; others may do so at the same time."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.open(out.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        others = [one for one in read(out) if (one["task"], one["seed"]) != (cell["task"], cell["seed"])]
-        order = list(TASKS)
-        cells = sorted(
-            [*others, {**cell, "about": machine_info()}],
-            key=lambda one: (order.index(one["task"]), one["seed"]),
-        )
-        draft = out.with_name(f".{out.name}.tmp")
-        draft.write_text(json.dumps({"cells": cells}, indent=1) + "\n")
-        draft.replace(out)
-    finally:
-        os.close(folder)
+    """Put a cell among the finished ones, in the table's order."""
+    order = list(TASKS)
+    append_cell(out, cell, ("task", "seed"), lambda one: (order.index(one["task"]), one["seed"]))
 
 
 def report(cells: list[dict[str, Any]]) -> str:

@@ -13,9 +13,6 @@ The agents learn the doubled digits from the environment alone: it pays 1 for a 
 says no more. Their last weights are scored by 2,000 test episodes, greedily. One thread.
 """
 
-import fcntl
-import json
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -30,7 +27,7 @@ from ...vision import Dataset, Model, load_dataset
 from ...vision.canvas import clutter_pieces, on_canvas
 from ..attention import baselines
 from ..evaluation import evaluate
-from .common import RESULTS, argument_parser, machine_info
+from .common import RESULTS, append_cell, argument_parser
 from .suite import read as read_cells
 
 
@@ -167,23 +164,14 @@ def agent_cell(name: str, seed: int) -> dict[str, Any]:
 
 
 def append(out: Path, cell: dict[str, Any]) -> None:
-    """Put a cell among the finished ones, in place of an older one; others may do so at the same time."""
-    key = ("task", "model", "seed")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.open(out.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
-        others = [one for one in read_cells(out) if [one[k] for k in key] != [cell[k] for k in key]]
-        order, names = [*TASKS, "agents"], [*MODELS, *AGENT_CELLS]
-        cells = sorted(
-            [*others, {**cell, "about": machine_info()}],
-            key=lambda one: (order.index(one["task"]), names.index(one["model"]), one["seed"]),
-        )
-        draft = out.with_name(f".{out.name}.tmp")
-        draft.write_text(json.dumps({"cells": cells}, indent=1) + "\n")
-        draft.replace(out)
-    finally:
-        os.close(folder)
+    """Put a cell among the finished ones, in the table's order."""
+    tasks, names = [*TASKS, "agents"], [*MODELS, *AGENT_CELLS]
+    append_cell(
+        out,
+        cell,
+        ("task", "model", "seed"),
+        lambda one: (tasks.index(one["task"]), names.index(one["model"]), one["seed"]),
+    )
 
 
 def report(cells: list[dict[str, Any]]) -> str:

@@ -16,7 +16,6 @@ network, loss and optimizer over torch's DataLoader of single images (0 and 2 wo
 counts), in turns.
 """
 
-import fcntl
 import json
 import resource
 import statistics
@@ -37,7 +36,7 @@ from torch.utils.data import Dataset as TorchDataset
 from ...generative import VAE, VAEConfig, independent_pixels
 from ...vision import Dataset, binarize, load_dataset
 from ..statistics import bootstrap_ci
-from .common import RESULTS, argument_parser, machine_info
+from .common import RESULTS, append_cell, argument_parser
 
 
 class Task(NamedTuple):
@@ -224,18 +223,8 @@ def read(out: Path) -> list[dict[str, Any]]:
 
 
 def append(out: Path, cell: dict[str, Any]) -> None:
-    """Put a cell among the finished ones, in place of an older one; others may do so at the same time."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.with_name(f".{out.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        others = [one for one in read(out) if (one["task"], one["seed"]) != (cell["task"], cell["seed"])]
-        cells = sorted(
-            [*others, cell | {"about": machine_info()}], key=lambda one: (one["task"], one["seed"])
-        )
-        draft = out.with_name(f".{out.name}.tmp")
-        draft.write_text(json.dumps({"cells": cells}, indent=1) + "\n")
-        draft.replace(out)
-    out.with_name(f".{out.name}.lock").unlink(missing_ok=True)
+    """Put a cell among the finished ones, by task and seed."""
+    append_cell(out, cell, ("task", "seed"), lambda one: (one["task"], one["seed"]))
 
 
 def report(cells: list[dict[str, Any]]) -> str:
