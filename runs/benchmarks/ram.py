@@ -57,7 +57,7 @@ TASKS = {
         {"ram": "1.20 / 1.84", "fully_connected": "2.63", "conv": "1.62"},
     ),
     "cluttered60": Task(
-        "mnist", None, 60, True, 10, {"glimpses": 8},
+        "mnist", None, 60, True, 30, {"glimpses": 8},
         {"ram": "4.04 / 5.23", "random_looking": "14.4", "fully_connected": "11.96", "conv": "8.09"},
     ),
     "doubled": Task("digits", 16, 40, False, 12, {"glimpses": 6}, {}),
