@@ -53,7 +53,7 @@ ORDER: dict[str, tuple[Any, dict[str, Any]]] = {
 TASKS = {
     "digits-17": Task("digits", None, PixelCNN, 30, "bits_per_dim", 1.80, {}),
     "digits-binary": Task("digits", 8, PixelCNN, 30, "nats", 17.3, {}),
-    "fashion-binary": Task("fashion-mnist", 128, PixelCNN, 1, "nats", 112.0, {}),
+    "fashion-binary": Task("fashion-mnist", 128, PixelCNN, 1.5, "nats", 112.0, {}),
     "fashion-256": Task("fashion-mnist", None, PixelCNN, 3, "bits_per_dim", 3.2, {}),
     "mnist-fixed": Task("mnist", "fixed", PixelCNN, 1 / 6, "nats", None, {}),
     "mnist-dynamic": Task("mnist", "dynamic", PixelCNN, 1 / 6, "nats", None, {}),
