@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import gymnasium as gym
@@ -140,14 +140,17 @@ def _make_atari(
         raise ValueError(f"autoreset_mode: {spec.id} has NextStep and SameStep, got 'Disabled'")
     taken = inspect.signature(AtariVectorEnv).parameters.keys() | {"reward_clipping", "life_loss_info"}
     taken -= {"game", "num_envs", "batch_size", "grayscale", "episodic_life", "autoreset_mode"}
-    refused = kwargs.keys() - taken
-    if refused:
-        names = ", ".join(sorted(refused))
-        raise ValueError(f"env_kwargs: {spec.id} does not take {names}; it takes {', '.join(sorted(taken))}")
+    _check_kwargs(spec, kwargs, taken)
     try:
         return Atari(spec, num_envs, kwargs, limit, mode or AutoresetMode.NEXT_STEP, life_loss_ends, screen)
     except Exception as error:
         raise _explained(error, spec, kwargs) from error
+
+
+def _check_kwargs(spec: EnvSpec, kwargs: Mapping[str, Any], taken: Set[str]) -> None:
+    if refused := kwargs.keys() - taken:
+        names = ", ".join(sorted(refused))
+        raise ValueError(f"env_kwargs: {spec.id} does not take {names}; it takes {', '.join(sorted(taken))}")
 
 
 def _make_glimpse(
@@ -170,10 +173,7 @@ def _make_glimpse(
         )
     ours = {"num_envs", "form", "render_mode", "autoreset_mode"}
     taken = inspect.signature(GlimpseVectorEnv).parameters.keys() - ours
-    refused = kwargs.keys() - taken
-    if refused:
-        names = ", ".join(sorted(refused))
-        raise ValueError(f"env_kwargs: {spec.id} does not take {names}; it takes {', '.join(sorted(taken))}")
+    _check_kwargs(spec, kwargs, taken)
     return Glimpse(num_envs, {**spec.kwargs, **kwargs, "render_mode": render_mode}, limit)
 
 

@@ -18,7 +18,7 @@ from ..vision import Classifier, Dataset, Model
 from ..vision.explain import grid
 from ..vision.fixations import RIGHT, WRONG, draw_fixations
 from .classify import result_text, score
-from .lifecycle import say
+from .lifecycle import say, summarize_model
 from .model_plots import new_figure, training_curves
 from .plots import BASELINE, EVALUATION, dress, write_png
 from .run import Run
@@ -31,10 +31,7 @@ def conclude_ram(run: Run, model: RAM, dataset: Dataset, wall_s: float) -> None:
     """Score a model on the test images, train and score its baselines, draw all of it."""
     result = score(model, dataset)
     rows = run.rows()
-    speeds = [row["speed/images_per_s"] for row in rows if "speed/images_per_s" in row]
-    about = {"device": run.config["device"], "git": run.config["run"]["git"]}
-    about |= {"versions": run.config["versions"], "wall_s": wall_s}
-    run.summarize(result | about | {"speed/images_per_s": float(np.median(speeds))})
+    summarize_model(run, result, wall_s)
     say(result_text(result))
     folder, title = run.path / "plots", f"ram on {dataset.name}"
     pictures = {

@@ -6,11 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from ..agents import RAM
 from ..vision import Dataset
-from .lifecycle import say
+from .lifecycle import say, summarize_model
 from .model_plots import confusion_matrix, filters_grid, training_curves
 from .run import Run
 
@@ -21,18 +19,7 @@ def conclude_classifier(run: Run, model: Any, dataset: Dataset, wall_s: float) -
 
     result = score(model, dataset)
     rows = run.rows()
-    speeds = [row["speed/images_per_s"] for row in rows if "speed/images_per_s" in row]
-    if speeds:
-        result["speed/images_per_s"] = float(np.median(speeds))
-    run.summarize(
-        result
-        | {
-            "wall_s": wall_s,
-            "device": run.config["device"],
-            "git": run.config["run"]["git"],
-            "versions": run.config["versions"],
-        }
-    )
+    summarize_model(run, result, wall_s)
     say(result_text(result))
     folder, title = run.path / "plots", f"{run.config['agent']} on {dataset.name}"
     pictures: dict[str, Path] = {}

@@ -14,7 +14,7 @@ from ..agents import newest_first
 from ..generative import GAN, Generative
 from ..vision import Dataset
 from ..vision.explain import embed, grid
-from .lifecycle import say
+from .lifecycle import say, summarize_model
 from .model_plots import DARK_TRAINING, embedding, new_figure
 from .plots import EVALUATION, dress, write_png
 from .run import Run
@@ -95,19 +95,8 @@ def conclude_generative(run: Run, model: Generative, dataset: Dataset, wall_s: f
     """Score a generative model on the test images, draw its curves and its last pictures."""
     result = score(model, dataset)
     rows = run.rows()
-    speeds = [row["speed/images_per_s"] for row in rows if "speed/images_per_s" in row]
-    if speeds:
-        result["speed/images_per_s"] = float(np.median(speeds))
-    run.summarize(
-        result
-        | {
-            "wall_s": wall_s,
-            "device": run.config["device"],
-            "git": run.config["run"]["git"],
-            "versions": run.config["versions"],
-        }
-    )
-    say(result_text({k: v for k, v in result.items() if not k.startswith("speed/")}))
+    summarize_model(run, result, wall_s)
+    say(result_text(result))
     pictures = draw_pictures(run, model, dataset)
     title = f"{run.config['agent']} on {dataset.name}"
     if hasattr(model, "encode") and getattr(model, "latent_dim", 0) > 1 and len(dataset.test) > 2:

@@ -3,6 +3,7 @@
 import shlex
 import shutil
 import signal
+import statistics
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -63,6 +64,15 @@ def keep_first_checkpoint(run: Run, trained: Checkpointed) -> None:
             run.finish("failed")
         shutil.rmtree(run.path, ignore_errors=True)
         raise
+
+
+def summarize_model(run: Run, result: Mapping[str, Any], wall_s: float) -> None:
+    """Put what a trained model scored into its run's summary, beside its speed (the median of its rows) and
+    what it ran on."""
+    speeds = [row["speed/images_per_s"] for row in run.rows() if "speed/images_per_s" in row]
+    speed = {"speed/images_per_s": statistics.median(speeds)} if speeds else {}
+    about = {name: run.config[name] for name in ("device", "versions")} | {"git": run.config["run"]["git"]}
+    run.summarize({**result, **speed, **about, "wall_s": wall_s})
 
 
 def load_chosen(run: Run, checkpoint: str | None, load: Callable[[Path], T]) -> tuple[T, bool, Path]:
