@@ -128,6 +128,10 @@ def conclude_gan(run: Run, model: GAN, dataset: Dataset, wall_s: float) -> None:
         say(f"FID of the last weights: {figures['last/fid']:.6g}")
 
 
+UNDRAWN = ("learning_rate", "log_prob", "fit", "closeness")
+"""The schedule, and what is minus another measure, kept because the highest marks the best weights."""
+
+
 def measure_curves(rows: list[dict[str, Any]], path: Path, *, title: str = "") -> Path:
     """Write what was measured in training against epochs, a panel a measure (train/X and validation/X share
     one), to a PNG."""
@@ -135,7 +139,7 @@ def measure_curves(rows: list[dict[str, Any]], path: Path, *, title: str = "") -
         key.partition("/")[2]
         for row in rows
         for key in row
-        if key.startswith(("train/", "validation/")) and key != "train/learning_rate"
+        if key.startswith(("train/", "validation/")) and key.partition("/")[2] not in UNDRAWN
     )
     columns = min(3, max(1, len(names)))
     lines = math.ceil(len(names) / columns) or 1
@@ -148,7 +152,8 @@ def measure_curves(rows: list[dict[str, Any]], path: Path, *, title: str = "") -
             key = f"{part}/{name}"
             points = [(row["epoch"], row[key]) for row in rows if key in row and math.isfinite(row[key])]
             if points:
-                panel.plot(*zip(*points), color=color, lw=width, label=part)
+                alone = "o" if len(points) == 1 else ""  # a line through one point is none
+                panel.plot(*zip(*points), color=color, lw=width, marker=alone, label=part)
         values = [row[f"{p}/{name}"] for row in rows for p in ("train", "validation") if f"{p}/{name}" in row]
         # The first epochs would flatten all that comes after them.
         late = [v for v in values[len(values) // 20 :] if math.isfinite(v)]

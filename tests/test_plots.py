@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
+from foveal.runs.generate import measure_curves
 from foveal.runs.plots import draw_learning_curve, learning_curve
 
 ROWS: list[dict[str, Any]] = [
@@ -97,3 +98,24 @@ def test_failure_leaves_nothing(tmp_path, monkeypatch):
 def test_keeps_away_from_pyplot(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it raises
     learning_curve(ROWS, tmp_path / "curve.png")
+
+
+def test_curves_of_a_model_show_a_lone_validation_and_parts_of_an_epoch(tmp_path, monkeypatch):
+    """A validation at the end of a single epoch is a point that can be seen; what is minus another measure
+    has no panel."""
+    drawn = []
+    monkeypatch.setattr("foveal.runs.generate.write_png", lambda figure, path: drawn.append(figure))
+    rows = [
+        {"epoch": 0.4, "train/loss": 3.0, "train/learning_rate": 1.0},
+        {"epoch": 1.0, "train/loss": 2.0, "validation/nats": 5.0, "validation/log_prob": -5.0},
+    ]
+    measure_curves(rows, tmp_path / "curves.png")
+    panels = {axes.get_title(loc="left"): axes for axes in drawn[0].axes if axes.axison}
+    assert panels.keys() == {"loss", "nats"}
+    (trained,), (validated,) = panels["loss"].lines, panels["nats"].lines
+    assert trained.get_marker() == ""
+    assert list(trained.get_xdata()) == [0.4, 1.0]
+    assert validated.get_marker() == "o"
+    assert list(validated.get_ydata()) == [5.0]
+    formatter = panels["loss"].xaxis.get_major_formatter()
+    assert [formatter(x, 0) for x in (0.2, 1.0, 20_000)] == ["0.2", "1", "20k"]
