@@ -123,7 +123,7 @@ def dress(axes: Axes, ticks: int) -> None:
     large = EngFormatter(sep="")  # 20k, 1.5M
     axes.set_xlim(left=0)
     axes.margins(x=0.02, y=0.08)
-    axes.xaxis.set_major_formatter(lambda x, at: large(x, at) if abs(x) >= 1 else f"{x:g}")
+    axes.xaxis.set_major_formatter(lambda x, _: large(x) if abs(x) >= 1 else f"{x:g}")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=ticks, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axes.tick_params(labelsize=12, length=0)

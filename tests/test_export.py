@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from foveal.agents import AGENTS, DQN, PPO, PQN, RAM, REINFORCE
-from foveal.agents.sb3 import SB3A2C, SB3DQN, SB3PPO, A2CConfig, DQNConfig, PPOConfig
+from foveal.agents.sb3 import SB3A2C, SB3DQN, SB3PPO
+from foveal.agents.sb3_settings import A2CConfig, DQNConfig, PPOConfig
 from foveal.envs import make_vec
 from foveal.generative import GAN, VAE, Autoencoder, PixelCNN
 from foveal.runs.cli import main

@@ -11,7 +11,8 @@ from gymnasium import spaces
 
 from foveal.agents import A2C, PPO
 from foveal.agents.on_policy import Rollout
-from foveal.agents.sb3 import SB3A2C, SB3PPO, A2CConfig, PPOConfig
+from foveal.agents.sb3 import SB3A2C, SB3PPO
+from foveal.agents.sb3_settings import A2CConfig, PPOConfig
 from foveal.envs import make_vec
 
 LENGTH = 12  # steps after which an episode is truncated; CartPole often terminates before

@@ -24,7 +24,8 @@ from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
 from foveal.agents import AGENTS, DQN, load, save_checkpoint
-from foveal.agents.sb3 import SB3_AGENTS, SB3A2C, SB3DQN, SB3PPO, A2CConfig, DQNConfig, PPOConfig
+from foveal.agents.sb3 import SB3_AGENTS, SB3A2C, SB3DQN, SB3PPO
+from foveal.agents.sb3_settings import A2CConfig, DQNConfig, PPOConfig
 from foveal.envs import make_vec
 from foveal.envs.sb3 import SB3VecEnv
 from foveal.runs.cli import main
