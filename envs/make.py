@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Mapping, Set
+from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
-from gymnasium.envs.registration import EnvSpec
+from gymnasium.envs.registration import EnvSpec, load_env_creator
 from gymnasium.vector import AutoresetMode
 
 from .minatar import Games
@@ -51,8 +51,8 @@ def make_vec(
     training: False for evaluation: seeds of their own, no clipped rewards, no ending at a lost life, and a
         limit of `EVALUATION_STEP_LIMIT` steps where the environment has none.
     backend: `sync` (one after the other), `async` (a process each), `native` (ALE's, CartPole's and
-        Glimpse's arrays, MinAtar's games), or `auto`: native for ALE, Glimpse, MinAtar and for four or more
-        CartPoles, else sync.
+        Glimpse's arrays, MinAtar's games, Latent's frames in one batch), or `auto`: native for ALE, Glimpse,
+        MinAtar, Latent and for four or more CartPoles, else sync.
     autoreset_mode: what Gymnasium's environment does at an ending ("NextStep", "SameStep", "Disabled"); none
         of them changes the transitions. None takes the cheapest.
     env_kwargs: handed to the environment; for ALE to AtariVectorEnv (`repeat_action_probability`, .25 by
@@ -114,10 +114,25 @@ def make_vec(
         kwargs.setdefault("split", "train" if training else "test")
         glimpse = _make_glimpse(spec, int(num_envs), kwargs, limit, backend, mode, render_mode)
         return VectorEnv(glimpse, made_with, frame_stack=1, clip_rewards=False)
+    together = _together(spec)
+    if together and mode is None and backend in ("auto", "native"):
+        try:
+            made = together(int(num_envs), bool(training), limit, render_mode, **kwargs)
+        except Exception as error:
+            raise _explained(error, spec, kwargs) from error
+        return VectorEnv(made, made_with, frame_stack=1, clip_rewards=False)
     if not training and limit is None and spec.max_episode_steps is None:
         limit = EVALUATION_STEP_LIMIT
     made = _make_gymnasium(spec, int(num_envs), kwargs, limit, backend, mode, render_mode)
     return VectorEnv(made, made_with, frame_stack=1, clip_rewards=False)
+
+
+def _together(spec: EnvSpec) -> Callable[..., Backend] | None:
+    """What makes all environments of a kind of ours as one Backend, where its class has that: `together`, a
+    function of num_envs, training, max_episode_steps, render_mode and the env_kwargs."""
+    if not str(spec.entry_point).startswith("foveal."):
+        return None
+    return getattr(load_env_creator(str(spec.entry_point)), "together", None)
 
 
 def _make_atari(
@@ -195,8 +210,9 @@ def _make_gymnasium(
     games = spec.namespace == "MinAtar" and mode is None
     if backend == "native" and not (native or games):
         raise ValueError(
-            "backend: native is for ALE/*, MinAtar/* (no autoreset_mode) and for CartPole (no render_mode, "
-            f"autoreset_mode NextStep, env_kwargs sutton_barto_reward); it cannot make this {spec.id}"
+            "backend: native is for ALE/*, MinAtar/* and Latent (no autoreset_mode) and for CartPole (no "
+            "render_mode, autoreset_mode NextStep, env_kwargs sutton_barto_reward); it cannot make this "
+            f"{spec.id}"
         )
     if native and (backend == "native" or (backend == "auto" and num_envs >= CARTPOLE_NATIVE_FROM)):
         return CartPole(spec, num_envs, kwargs, limit)

@@ -102,7 +102,7 @@ class SB3VecEnv(VecEnv):
         return [issubclass(wrapper_class, Monitor) for _ in self._get_indices(indices)]
 
     def _single_envs(self, wanted: str) -> Any:
-        vector = getattr(self.env._backend, "env", None)
+        vector = getattr(self.env.backend, "env", None)
         if not (hasattr(vector, "call") and hasattr(vector, "set_attr")):
             raise AttributeError(f"{self.env.env_id} is stepped as one: nothing single has {wanted!r}")
         return vector

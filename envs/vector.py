@@ -248,16 +248,16 @@ class Atari:
 class VectorEnv:
     """N environments of one kind; made by `make_vec`, stepped and reset together, autoreset out of sight.
 
-    Public attributes: env_id, num_envs, seed, training, single_observation_space, single_action_space, and
-    frame_stack (1, or how many frames an Atari observation stacks along its first axis, the oldest first;
-    each step shifts them by one).
+    Public attributes: env_id, num_envs, seed, training, single_observation_space, single_action_space,
+    backend (what is stepped), and frame_stack (1, or how many frames an Atari observation stacks along its
+    first axis, the oldest first; each step shifts them by one).
 
     Every episode starts from a seed of its own, made of the seed, training or evaluation, the environment's
     index and the episode's, which neither the autoreset mode nor the backend changes.
     """
 
     def __init__(self, backend: Backend, spec: dict[str, Any], frame_stack: int, clip_rewards: bool) -> None:
-        self._backend = backend
+        self.backend = backend
         self._spec = spec
         self._clip_rewards = clip_rewards
         self._closed = False
@@ -296,7 +296,7 @@ class VectorEnv:
         if actions.shape != self._actions.shape[1:]:
             raise ValueError(f"actions must have the shape {self._actions.shape[1:]}, got {actions.shape}")
         self._log(actions)
-        next_obs, rewards, terminated, truncated, over = self._backend.step(actions)
+        next_obs, rewards, terminated, truncated, over = self.backend.step(actions)
         _check_finite("reward", rewards, self.env_id)
         _check_finite("observation", next_obs, self.env_id)
         self._returns += rewards
@@ -314,13 +314,13 @@ class VectorEnv:
         """Environment 0 now, (H, W, 3) uint8; needs render_mode='rgb_array'."""
         if self._spec["render_mode"] is None:
             raise RuntimeError("render() needs make_vec(..., render_mode='rgb_array')")
-        return np.asarray(self._backend.render())
+        return np.asarray(self.backend.render())
 
     def close(self) -> None:
         """Release the environments; a second call does nothing."""
         if not self._closed:
             self._closed = True
-            self._backend.close()
+            self.backend.close()
 
     def spec_dict(self) -> dict[str, Any]:
         """The arguments with which `make_vec` makes this again; JSON can hold them if it can env_kwargs."""
@@ -363,7 +363,7 @@ class VectorEnv:
         failed = np.zeros(self.num_envs, np.bool_)
         obs = self._reset_backend(np.ones(self.num_envs, np.bool_))
         for t in range(steps):
-            obs, _, _, _, over = self._backend.step(actions[t])
+            obs, _, _, _, over = self.backend.step(actions[t])
             failed |= over & (t >= began)  # an episode that was running cannot be over
             again = over | (t + 1 == began)
             if again.any():
@@ -387,7 +387,7 @@ class VectorEnv:
     def _reset_backend(self, mask: np.ndarray) -> Obs:
         envs = np.flatnonzero(mask)
         seeds = episode_seeds(self.seed, 0 if self.training else 1, envs, self._episode[envs])
-        return self._backend.reset(mask, seeds.tolist())
+        return self.backend.reset(mask, seeds.tolist())
 
     def _log(self, actions: np.ndarray) -> None:
         """Keep the actions; when the log is full, forget those of finished episodes, or double it."""

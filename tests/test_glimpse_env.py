@@ -204,7 +204,7 @@ def test_make_vec_trains_on_training_images_and_evaluates_on_test_images():
     other = make_vec("foveal/GlimpseGrid-v0", 5, seed=1, env_kwargs=kwargs, training=False)
     data = load_canvases("digits", None, None, None, None, 0)
     for made, split in ((env, data.train), (other, data.test)):
-        backend: Any = made._backend
+        backend: Any = made.backend
         assert backend.env.images is split
     assert data.train.images.shape == (20_000, 1, 40, 40)
     obs = env.reset()

@@ -25,7 +25,7 @@ from foveal.generative.world_model import (
 )
 from foveal.runs.cli import main
 from foveal.runs.collect import Collect, play, write
-from foveal.runs.latent_env import LatentEnv
+from foveal.runs.latent_env import LatentEnv, Latents
 from foveal.vision import load_dataset
 
 FRAMES = 2000
@@ -270,6 +270,36 @@ def test_the_environment_shows_the_states_that_training_has(trained, tmp_path):
         h = torch.cat([torch.zeros(1, 32), states[:, 0, :32]])
         assert np.allclose(np.stack(seen), torch.cat([z, h], 1).numpy(), atol=1e-5)
     assert LatentEnv("toys/Sides-v0", path, memory=False).reset(seed=3)[0].shape == (3,)
+
+
+def test_environments_side_by_side_show_what_each_alone_does(trained, tmp_path):
+    kwargs = {"env_id": "toys/Sides-v0", "world_model": str(trained.save(tmp_path / "world.safetensors"))}
+    together, apart = (
+        make_vec("foveal/Latent-v0", 5, 3, env_kwargs=kwargs, backend=name) for name in ("auto", "sync")
+    )
+    assert type(together.backend) is Latents
+    assert type(apart.backend) is not Latents
+    rng = np.random.default_rng(0)
+    assert np.allclose(together.reset(), apart.reset(), atol=1e-5)
+    for step in range(11):
+        actions = rng.integers(2, size=5)
+        mine, theirs = together.step(actions), apart.step(actions)
+        assert np.allclose(mine.obs, theirs.obs, atol=1e-5)
+        assert np.allclose(mine.next_obs, theirs.next_obs, atol=1e-5)
+        assert np.array_equal(mine.rewards, theirs.rewards)
+        assert np.array_equal(mine.reset, theirs.reset)
+        assert mine.reset.any() == (step % 4 == 3)
+    for short in (11, 12):  # in the middle of episodes, and at the start of others
+        again = make_vec("foveal/Latent-v0", 5, 3, env_kwargs=kwargs)
+        obs, exact = again.restore(*together.state())
+        assert exact
+        assert np.array_equal(obs, mine.obs)
+        mine = together.step(rng.integers(2, size=5))
+        assert mine.reset.all() == (short == 11)
+    limited = make_vec("foveal/Latent-v0", 2, 3, env_kwargs=kwargs, max_episode_steps=2)
+    limited.reset()
+    limited.step(np.zeros(2))
+    assert limited.step(np.zeros(2)).truncated.all()
 
 
 def test_from_frames_to_an_agent(folder, capsys):
