@@ -342,7 +342,8 @@ class VAE(Generative):
                 wide = Posterior(*(part.repeat_interleave(s, 0) for part in q))
                 z, noise = draw_latent(wide, generator)
                 log_p = []
-                step = max(1, rows // s)
+                # On the CPU more images at once fall out of the cache.
+                step = max(1, (1000 if self.device.type == "cpu" else rows) // s)
                 for start in range(0, len(x), step):
                     images_here = slice(start, start + step)
                     given = None if labels is None else labels[images_here].repeat_interleave(s, 0)
