@@ -86,11 +86,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "fashion-mnist": {
         "encoder": "halving-norm", "latent_dim": 24, "batch_size": 50, "learning_rate": 2e-3,
-        "kl_warmup": 4.0, "dropout": 0.1,
+        "kl_warmup": 4.0, "dropout": 0.1, "ema": 0.999,
     },
     "mnist": {
         "encoder": "halving-norm", "latent_dim": 32, "batch_size": 100, "learning_rate": 2e-3,
-        "kl_warmup": 2.0,
+        "kl_warmup": 2.0, "ema": 0.999,
     },
 }  # fmt: skip
 """Settings by dataset. Of digits and Fashion-MNIST chosen by validation images; MNIST's are the latter's with

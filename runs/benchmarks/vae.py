@@ -55,7 +55,7 @@ class Task(NamedTuple):
 
 TASKS = {
     "digits": Task("digits", 8, None, None, 300, 500, 17.1, {}),
-    "fashion": Task("fashion-mnist", 128, 10_000, 1_000, 14, 500, 124.0, {}),
+    "fashion": Task("fashion-mnist", 128, 10_000, 1_000, 24, 500, 124.0, {}),
     "mnist": Task("mnist", "dynamic", None, 2_000, 13, 500, 86.8, {}),
 }
 
