@@ -52,6 +52,7 @@ VAE_EPOCHS, WORLD_EPOCHS = 15, 40
 def main() -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("--seeds", type=int, default=5, help="how many (5)")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which (all)")
     parser.add_argument("--steps", type=int, default=200_000, help="environment steps of a cell (200,000)")
     parser.add_argument("--frames", type=int, default=20_000, help="frames to train the models on (20,000)")
     parser.add_argument(
@@ -67,7 +68,7 @@ def main() -> int:
     models = train_models(given.results, given.frames)
     done = {(row["agent"], row["seed"], row["steps"]) for row in read(given.out)}
     for seed in range(given.seeds):
-        for variant in VARIANTS:
+        for variant in given.variants:
             if (variant, seed, given.steps) not in done:
                 train_cell(variant, seed, given.steps, models, given.out)
     return 0
