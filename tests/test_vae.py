@@ -414,7 +414,8 @@ def test_an_encoder_moves_into_another_model(tmp_path):
     digits = binarize(load_dataset("digits", train_size=100), 8)
     vae = VAE(digits.space, digits.classes, VAE.Config(encoder="minatar"), device="cpu").fit(digits, 1)
     path = vae.save(tmp_path / "vae.safetensors")
-    encoder = make_encoder(str(path), digits.space).to(memory_format=torch.channels_last)
+    encoder = make_encoder(str(path), digits.space)
+    encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     x = digits.test.images[:5]
     assert torch.equal(encoder(x), vae.network.encoder(x))
     with pytest.raises(ValueError, match="the encoder of .* is for"):
