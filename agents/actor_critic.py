@@ -79,7 +79,9 @@ ADAM_GAE: dict[str, Any] = {
     "max_grad_norm": 10.0,
 }
 RECIPES: dict[str, dict[str, Any]] = {
-    "CartPole-v*": {},
+    # The zoo's but for its discount of 0.99, with which a third of the seeds forget the task again, there as
+    # here. With 0.95 they do not see the cart drift to the edge.
+    "CartPole-v*": {"gamma": 0.97},
     "Acrobot-v*": {"num_envs": 16, "normalize_observations": True},
     "LunarLander-v*": {**ADAM_GAE, "num_envs": 16, "gamma": 0.995, "normalize_advantage": True},
     "ALE/*": {
