@@ -133,6 +133,8 @@ def draws(model: Any, given: Sample, number: int | None) -> Tensor:
 
 def in_rows(images: Tensor, given: Sample, blank: float = 1.0) -> Tensor:
     """Images (n, C, H, W) -> (rows, columns, C, H, W), with blank ones at the end."""
+    if images.shape[1] not in (1, 3):  # planes such as MinAtar's, of which empty ones show black
+        blank = 0.0
     columns = given.columns or min(given.n, math.ceil(math.sqrt(given.n)))
     rest = torch.full((-given.n % columns, *images.shape[1:]), blank, device=images.device)
     return torch.cat([images, rest]).unflatten(0, (-1, columns))
