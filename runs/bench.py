@@ -162,18 +162,6 @@ def suite_table(measured: Path) -> str:
     return report(cells(measured / "suite.json"))
 
 
-def transfer_table(measured: Path) -> str:
-    from .benchmarks.transfer import report
-
-    return report(read(measured, "transfer")["cells"])
-
-
-def pixelcnn_table(measured: Path) -> str:
-    from .benchmarks.pixelcnn import report
-
-    return report(read(measured, "pixelcnn")["cells"])
-
-
 def cartpole_table(measured: Path) -> str:
     results = read(measured, "cartpole")
     names = {
@@ -220,18 +208,20 @@ def on_policy_speed_table(measured: Path) -> str:
     return markdown(["env steps per CPU-second", "foveal", "Stable-Baselines3", "times"], rows)
 
 
-def ram_table(measured: Path) -> str:
-    from .benchmarks.ram import report
+def report_of(name: str) -> Callable[[Path], str]:
+    """What benchmark `name` itself says of its finished cells."""
 
-    return report(read(measured, "ram")["cells"])
+    def table(measured: Path) -> str:
+        module = importlib.import_module(f".benchmarks.{name}", __package__)
+        return module.report(read(measured, name)["cells"])
+
+    return table
 
 
 TABLES: dict[str, Callable[[Path], str]] = {
     "cartpole": cartpole_table,
     "suite": suite_table,
-    "transfer": transfer_table,
-    "pixelcnn": pixelcnn_table,
-    "ram": ram_table,
+    **{name: report_of(name) for name in ("transfer", "vae", "world_model", "gan", "pixelcnn", "ram")},
     "speed": speed_table,
     "on_policy_speed": on_policy_speed_table,
 }

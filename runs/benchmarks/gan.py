@@ -22,7 +22,7 @@ import numpy as np
 from ...generative import GAN
 from ..fit import FitOptions, fit, resume_fit
 from ..run import open_run
-from .common import RESULTS, argument_parser, machine_info, write_results
+from .common import RESULTS, append_cell, argument_parser
 from .suite import read
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -54,9 +54,14 @@ def main() -> int:
             for variant in given.variants:
                 cell = {"dataset": dataset, "variant": variant, "seed": seed, "epochs": given.epochs}
                 if not any(cell.items() <= row.items() for row in read(given.out)):
-                    row = cell | train_cell(cell, given.data_dir, given.results)
-                    write_results(given.out, machine_info() | {"cells": [*read(given.out), row]})
+                    cell |= train_cell(cell, given.data_dir, given.results)
+                    append_cell(given.out, cell, ("dataset", "variant", "seed", "epochs"), place)
     return 0
+
+
+def place(cell: dict[str, Any]) -> tuple[Any, ...]:
+    """Where a cell stands in the table."""
+    return cell["dataset"] != "mnist", cell["dataset"], list(VARIANTS).index(cell["variant"]), cell["seed"]
 
 
 def train_cell(cell: dict[str, Any], data_dir: Path | None, results: Path) -> dict[str, Any]:
