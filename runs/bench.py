@@ -221,7 +221,7 @@ def report_of(name: str) -> Callable[[Path], str]:
 TABLES: dict[str, Callable[[Path], str]] = {
     "cartpole": cartpole_table,
     "suite": suite_table,
-    **{name: report_of(name) for name in ("transfer", "pixelcnn", "ram")},
+    **{name: report_of(name) for name in ("transfer", "vae", "world_model", "gan", "pixelcnn", "ram")},
     "speed": speed_table,
     "on_policy_speed": on_policy_speed_table,
 }

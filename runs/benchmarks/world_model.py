@@ -147,8 +147,11 @@ def cpu_seconds() -> float:
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table of the agents, and a line about the models."""
-    lines = ["| PQN sees | seeds | steps | mean score | 95 % interval | CPU-s |", "|---|---|---|---|---|---|"]
+    """A Markdown table of the agents, and one of the world model that they see through."""
+    lines = [
+        "| PQN sees | seeds | steps | mean score | 95 % interval | seed by seed | CPU-s |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for steps in sorted({row["steps"] for row in rows}):
         for variant in VARIANTS:
             mine = [row for row in rows if (row["agent"], row["steps"]) == (variant, steps)]
@@ -156,19 +159,23 @@ def report(rows: list[dict[str, Any]]) -> str:
                 scores, cpu_s = [row["last"] for row in mine], np.mean([row["cpu_s"] for row in mine])
                 low, high = bootstrap_ci(scores)
                 mean, spread = f"{np.mean(scores):.2f}", f"{low:.2f} to {high:.2f}"
-                lines.append(f"| {variant} | {len(mine)} | {steps:,} | {mean} | {spread} | {cpu_s:.0f} |")
+                each = " ".join(f"{score:.2f}" for score in scores)
+                lines.append(
+                    f"| {variant} | {len(mine)} | {steps:,} | {mean} | {spread} | {each} | {cpu_s:.0f} |"
+                )
     if rows:
         model, trivial = rows[-1]["models"]["world_model"], rows[-1]["models"]["baseline"]
         pairs = [
-            ("nats of the next z", model["nats"], "Gaussians", trivial["gaussian_nats"]),
-            ("squared error of the next frame", model["frame_error"], "the frame before",
-             trivial["same_frame_error"]),
-            ("the same", model["frame_error"], "the VAE's reconstruction", trivial["reconstruction_error"]),
-            ("squared error of the reward", model["reward_error"], "the mean", trivial["mean_reward_error"]),
-            ("nats of endings", model["ending_nats"], "their share", trivial["ending_share_nats"]),
+            ("squared error of the next frame", model["frame_error"],
+             f"{trivial['same_frame_error']:.3g} (the frame before), "
+             f"{trivial['reconstruction_error']:.3g} (the VAE's reconstruction of the next)"),
+            ("nats of the next z", model["nats"], f"{trivial['gaussian_nats']:.2f} (Gaussians)"),
+            ("squared error of the reward", model["reward_error"],
+             f"{trivial['mean_reward_error']:.3g} (the mean)"),
+            ("nats of endings", model["ending_nats"], f"{trivial['ending_share_nats']:.3g} (their share)"),
         ]  # fmt: skip
-        lines += ["", "The world model:"]
-        lines += [f"{what} {value:.4g} ({other} {least:.4g})," for what, value, other, least in pairs]
+        lines += ["", "| on the last fifth of the steps | world model | without it |", "|---|---|---|"]
+        lines += [f"| {what} | {value:.4g} | {others} |" for what, value, others in pairs]
     return "\n".join(lines)
 
 
