@@ -181,7 +181,7 @@ def test_the_benchmark_measures_a_cell_once(monkeypatch, capsys) -> None:
     assert cell["images"] == [360, 360]
     assert cell["last"]["grad_step"] == 2
     assert 0 <= cell["best"]["class_accuracy"] <= 1
-    assert results["versions"]["torch"]
+    assert cell["about"]["versions"]["torch"]
     assert benchmark.main() == 0
     assert json.loads(Path("gan.json").read_text()) == results
     assert len(list(Path().glob("results/*/*"))) == 1
