@@ -239,7 +239,8 @@ def report(cells: list[dict[str, Any]]) -> str:
             nats, elbo, cpu_s = ([cell[key] for cell in mine] for key in ("nats", "elbo", "cpu_s"))
             low, high = bootstrap_ci(nats)
             cells_of_row = (
-                name, len(mine), f"{np.mean(nats):.2f} (IWAE-{mine[0]['k']})", f"{low:.2f} to {high:.2f}",
+                name, len(mine), f"{np.mean(nats):.2f} (IWAE-{mine[0]['k']})",
+                f"{low:.2f} to {high:.2f}" if len(mine) > 1 else "",
                 f"{np.mean(elbo):.2f}", f"{mine[0]['independent_pixels']:.1f}", f"{task.goal:g}",
                 f"{mine[0]['epochs']:g}", f"{np.mean(cpu_s):.0f}",
             )  # fmt: skip
