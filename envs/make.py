@@ -254,6 +254,8 @@ def _explained(error: Exception, spec: EnvSpec, kwargs: dict[str, Any]) -> Excep
                 )
     if isinstance(error, gym.error.DependencyNotInstalled | ImportError):
         return ValueError(f"env_id {spec.id!r} cannot be made here: {text}")
+    if isinstance(cause, TypeError) and " missing " in text:
+        return ValueError(f"env_kwargs {kwargs or '(none)'}: {spec.id} is {text[text.index('missing') :]}")
     if kwargs:
         return ValueError(f"env_kwargs {kwargs}: {spec.id} refuses them: {type(error).__name__}: {text}")
     return error

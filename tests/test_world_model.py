@@ -302,6 +302,14 @@ def test_environments_side_by_side_show_what_each_alone_does(trained, tmp_path):
     assert limited.step(np.zeros(2)).truncated.all()
 
 
+@pytest.mark.parametrize("backend", ["auto", "sync"])
+def test_what_the_environment_needs_is_said_in_a_line(backend):
+    with pytest.raises(ValueError, match=r"foveal/Latent-v0 is missing 2 .*'env_id' and 'world_model'"):
+        make_vec("foveal/Latent-v0", 2, backend=backend)
+    with pytest.raises(ValueError, match=r"foveal/Latent-v0 is missing 1 .*'world_model'"):
+        make_vec("foveal/Latent-v0", 2, env_kwargs={"env_id": "toys/Sides-v0"}, backend=backend)
+
+
 def test_from_frames_to_an_agent(folder, capsys):
     train = ["train", "world-model", "--dataset", str(folder / "seen.npz"), "--epochs", "2"]
     train += ["--vae", str(folder / "eye.safetensors"), "--hidden-size", "8"]
