@@ -18,6 +18,7 @@ from PIL import Image
 
 from foveal.agents import AGENTS, PPO, newest_first
 from foveal.envs import make_vec
+from foveal.runs import open_run
 from foveal.runs.checks import find_learning_rate, overfit_one_batch, plain
 from foveal.runs.classify import wilson
 from foveal.runs.cli import main
@@ -91,6 +92,13 @@ def test_a_run_leaves_all_that_it_says(trained):
     assert summary["test/error"] < 0.25
     assert summary["test/error_ci95_low"] < summary["test/error"] < summary["test/error_ci95_high"]
     assert 0.85 < summary["baseline/commonest_class"] < 0.92
+    run = open_run(trained)
+    assert summary["device"] == run.config["device"]
+    assert summary["versions"] == run.config["versions"]
+    assert summary["wall_s"] > 0
+    speeds = sorted(row["speed/images_per_s"] for row in run.rows() if "speed/images_per_s" in row)
+    middle = (speeds[(len(speeds) - 1) // 2] + speeds[len(speeds) // 2]) / 2
+    assert summary["speed/images_per_s"] == pytest.approx(middle)
     rows = rows_of(trained)
     assert [row["grad_step"] for row in rows] == list(range(8, 72, 8))
     assert ["validation/accuracy" in row for row in rows] == [False, True] * 4

@@ -32,7 +32,8 @@ parameters:
 """
 
 # A trial without a training, in a bare Python: ten rows whose values the settings decide, a checkpoint at
-# each; it stops, and goes on, as `foveal train` and `foveal resume` do.
+# each and one before the first, or nothing could be resumed after a kill between the two; it stops, and goes
+# on, as `foveal train` and `foveal resume` do.
 TRIAL = """
 import json, os, signal, socket, sys, time
 from pathlib import Path
@@ -45,6 +46,7 @@ if what == "train":
     config = {"agent": "dqn", "env_id": "x", "total_steps": 1000, "settings": given, "run": origin}
     (path / "metrics.jsonl").touch()
     (path / "config.json").write_text(json.dumps(config))
+    (path / "checkpoints" / "step-000000000").mkdir(parents=True)
 else:
     path = Path(given["path"])
 settings = json.loads((path / "config.json").read_text())["settings"]
