@@ -37,8 +37,8 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def training_curves(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str = "") -> Path:
-    """Write three panels against epochs to a PNG: loss, accuracy with the gap between training and validation
-    images, and the length of updates relative to the weights'.
+    """Write panels against epochs to a PNG: loss, accuracy with the gap between training and validation
+    images, and, where it was measured, the length of updates relative to the weights'.
 
     Of each row is drawn what it has of train/loss, train/accuracy, validation/loss, validation/accuracy and
     train/update_to_weight.
@@ -48,8 +48,10 @@ def training_curves(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str
         points = [(row["epoch"], row[key]) for row in rows if key in row and math.isfinite(row[key])]
         return [x for x, _ in points], [y for _, y in points]
 
-    figure = new_figure(15, 4.8)
-    loss, accuracy, updates = figure.subplots(1, 3)
+    lengths = series("train/update_to_weight")
+    panels = 3 if lengths[1] else 2
+    figure = new_figure(5 * panels, 4.8)
+    loss, accuracy, *others = figure.subplots(1, panels)
     for axes, name in ((loss, "loss"), (accuracy, "accuracy")):
         axes.plot(*series(f"train/{name}"), color=DARK_TRAINING, lw=1.3, label="training, while learning")
         axes.plot(
@@ -70,14 +72,13 @@ def training_curves(rows: Sequence[Mapping[str, Any]], path: Path, *, title: str
         # The first epochs would flatten all that comes after them.
         low = float(np.percentile([*train, *valid], 10))
         accuracy.set_ylim(max(0.0, low - 0.05), min(1.0, max([*train, *valid]) + 0.02))
-    updates.plot(
-        *series("train/update_to_weight"), color=EVALUATION, lw=1.6, label="length of update / weights"
-    )
-    if any(value > 0 for value in series("train/update_to_weight")[1]):
-        updates.set_yscale("log")
-    updates.axhline(1e-3, color="#3c434b", lw=1.1, ls=":", label="0.001, the usual size")
-    updates.set_title("update to weight", fontsize=13, loc="left")
-    for axes in (loss, accuracy, updates):
+    for updates in others:
+        updates.plot(*lengths, color=EVALUATION, lw=1.6, label="length of update / weights")
+        if any(value > 0 for value in lengths[1]):
+            updates.set_yscale("log")
+        updates.axhline(1e-3, color="#3c434b", lw=1.1, ls=":", label="0.001, the usual size")
+        updates.set_title("update to weight", fontsize=13, loc="left")
+    for axes in (loss, accuracy, *others):
         log = axes.get_yscale() == "log"
         low, high = axes.get_ylim()
         dress(axes, ticks=7)

@@ -278,6 +278,8 @@ def test_wilson_interval_by_hand():
 
 def test_pictures_are_drawn_of_any_rows(tmp_path):
     rows = [{"grad_step": 1, "epoch": 0.5, "train/loss": float("nan"), "train/accuracy": 0.5}]
+    assert imread(training_curves(rows, tmp_path / "few.png")).shape == (480, 1000, 4)
+    rows.append({"grad_step": 2, "epoch": 1.0, "train/update_to_weight": 1e-3})  # a panel of its own
     assert imread(training_curves(rows, tmp_path / "few.png")).shape == (480, 1500, 4)
     labels = np.arange(300) % 30
     classes = [f"class {i}" for i in range(30)]
