@@ -73,8 +73,13 @@ def main(argv: list[str] | None = None) -> int:
         sys.path.append(
             ""
         )  # `mine:Env-v0` is mine.py in the current folder; last, so that it shadows nothing
+    return guarded(lambda: commands[arguments[0]](arguments[1:]))
+
+
+def guarded(command: Callable[[], int | None]) -> int:
+    """Run a command; returns its exit code. What was given wrong is one line there and exit code 2."""
     try:
-        return commands[arguments[0]](arguments[1:])
+        return command() or 0
     except (ValueError, FloatingPointError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # whoever read our output has gone
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115

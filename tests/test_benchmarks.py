@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -197,3 +198,27 @@ def test_writes_one_png(tmp_path):
     path = comparison(runs, tmp_path / "comparison.png")
     assert imread(path).shape[:2] == (480, 640)
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("gan --seeds -1", "argument --seeds: must be a whole number, 1 or more, got '-1'"),
+        ("suite --jobs two", "argument --jobs: must be a whole number, 1 or more, got 'two'"),
+        ("suite --first-seed -2", "argument --first-seed: must be 0 or more, got -2"),
+        ("gan --datasets mnits", "foveal: unknown data set 'mnits'"),
+        ("ram --tasks mnist --models conv --data-dir nowhere", "data_dir must be a folder, got 'nowhere'"),
+    ],
+)
+def test_what_a_benchmark_cannot_take_is_one_line(arguments: str, said: str, tmp_path, monkeypatch, capsys):
+    name, *rest = arguments.split()
+    monkeypatch.setattr(sys, "argv", [name, *rest, "--out", str(tmp_path / "out.json")])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, f"foveal.runs.benchmarks.{name}", raising=False)
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module(f"foveal.runs.benchmarks.{name}", run_name="__main__")
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert said in error
+    assert "Traceback" not in error
+    assert not any(tmp_path.rglob("*"))

@@ -18,9 +18,10 @@ from typing import Any
 
 import numpy as np
 
+from ..cli import guarded
 from ..evaluation import Policy, evaluate, validation_seed
 from ..statistics import bootstrap_ci, iqm
-from .common import RESULTS, argument_parser, machine_info, write_results
+from .common import RESULTS, argument_parser, count, machine_info, write_results
 from .peers import FOVEAL_CARTPOLE, SB3_CARTPOLE, Peer
 
 STEPS, EVAL_EVERY = 50_000, 5_000
@@ -29,7 +30,7 @@ AGENTS = ("foveal", "foveal, zoo recipe", "sb3")
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--seeds", type=int, default=10, help="seeds 0 to SEEDS - 1")
+    parser.add_argument("--seeds", type=count, default=10, help="seeds 0 to SEEDS - 1")
     parser.add_argument("--agents", nargs="+", default=list(AGENTS), choices=AGENTS)
     parser.add_argument("--out", type=Path, default=RESULTS / "cartpole.json")
     parser.add_argument("--cell", nargs=2, help=argparse.SUPPRESS)
@@ -138,4 +139,4 @@ def report(cells: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

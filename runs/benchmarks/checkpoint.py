@@ -6,18 +6,20 @@ Fills the replay of ALE/Pong-v5, then trains on, with a checkpoint every 10,000 
 of `foveal train`), and compares the wall time of both.
 """
 
+import sys
 import tempfile
 import time
 from pathlib import Path
 
-from .common import RESULTS, argument_parser, machine_info, write_results
+from ..cli import guarded
+from .common import RESULTS, argument_parser, count, machine_info, write_results
 
 EVERY = 10_000
 
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--checkpoints", type=int, default=3)
+    parser.add_argument("--checkpoints", type=count, default=3)
     parser.add_argument("--out", type=Path, default=RESULTS / "checkpoint.json")
     arguments = parser.parse_args()
 
@@ -56,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -28,6 +28,13 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     )
 
 
+def count(given: str) -> int:
+    """The type of an argument that is a whole number of things, 1 or more."""
+    if not given.isdecimal() or int(given) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {given!r}")
+    return int(given)
+
+
 def machine_info() -> dict[str, Any]:
     """Date (ISO, UTC), command, machine, versions and git commit of this run, as JSON."""
     main = sys.modules["__main__"].__spec__

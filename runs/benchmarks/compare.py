@@ -18,17 +18,18 @@ from typing import Any
 
 import numpy as np
 
+from ..cli import guarded
 from ..run import create_run
 from ..wandb_file import read_payloads, read_run
-from .common import RESULTS, argument_parser, machine_info, write_results
+from .common import RESULTS, argument_parser, count, machine_info, write_results
 
 METRICS = 18
 
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--runs", type=int, default=100)
-    parser.add_argument("--rows", type=int, default=1_000, help="of each run")
+    parser.add_argument("--runs", type=count, default=100)
+    parser.add_argument("--rows", type=count, default=1_000, help="of each run")
     parser.add_argument("--keep", type=Path, help="make the runs and the page in this folder, and leave them")
     parser.add_argument("--out", type=Path, default=RESULTS / "compare.json")
     given = parser.parse_args()
@@ -91,4 +92,4 @@ def read_speed(folder: Path, rows: int = 20_000) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -16,6 +16,7 @@ interval.
 
 import functools
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -32,8 +33,9 @@ from ...vision.backbones import make_backbone
 from ...vision.classifier import Classifier
 from ...vision.datasets import Dataset, fits, load_dataset
 from ...vision.readers import Split
+from ..cli import guarded
 from ..statistics import bootstrap_ci
-from .common import RESULTS, argument_parser, machine_info, write_results
+from .common import RESULTS, argument_parser, count, machine_info, write_results
 
 BATCH_SIZE = 128
 PARAMETERS = 61_706
@@ -58,9 +60,9 @@ def main() -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--data-dir", type=Path, help="folder with mnist/ in it (default: FOVEAL_DATA)")
     parser.add_argument("--synthetic", action="store_true", help="random images instead of MNIST")
-    parser.add_argument("--images", type=int, default=60_000, help="images in an epoch")
-    parser.add_argument("--epochs", type=int, default=1, help="epochs of each side in a round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=count, default=60_000, help="images in an epoch")
+    parser.add_argument("--epochs", type=count, default=1, help="epochs of each side in a round")
+    parser.add_argument("--rounds", type=count, default=5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=RESULTS / "data_throughput.json")
     given = parser.parse_args()
@@ -178,4 +180,4 @@ def wait(device: torch.device) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

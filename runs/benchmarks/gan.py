@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from ...generative import GAN
+from ..cli import guarded
 from ..fit import FitOptions, fit, resume_fit
 from ..run import open_run
-from .common import RESULTS, append_cell, argument_parser
+from .common import RESULTS, append_cell, argument_parser, count
 from .suite import read
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -39,7 +40,7 @@ def main() -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("--datasets", nargs="+", default=["mnist", "fashion-mnist"], help="which (both)")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="which (all)")
-    parser.add_argument("--seeds", type=int, default=3, help="how many (3)")
+    parser.add_argument("--seeds", type=count, default=3, help="how many (3)")
     parser.add_argument("--epochs", type=float, default=8.0, help="passes over the training images (8)")
     parser.add_argument("--data-dir", type=Path, help="where the data sets are")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the runs")
@@ -125,4 +126,4 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from ...agents import RAM
 from ...agents.recurrent_attention import RAMConfig
 from ...envs import make_vec
-from .common import RESULTS, argument_parser, machine_info, write_results
+from ..cli import guarded
+from .common import RESULTS, argument_parser, count, machine_info, write_results
 
 KNOWN_ENVIRONMENT = 4_100
 """Steps per CPU-second of the known environments."""
@@ -45,8 +46,8 @@ CUTS = ("padded batch", "padded images")
 
 def main() -> int:
     parser = argument_parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each (5)")
-    parser.add_argument("--updates", type=int, default=10, help="gradient steps a turn (10)")
+    parser.add_argument("--rounds", type=count, default=5, help="turns of each (5)")
+    parser.add_argument("--updates", type=count, default=10, help="gradient steps a turn (10)")
     parser.add_argument("--out", type=Path, default=RESULTS / "glimpse_speed.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -211,4 +212,4 @@ def padded_images(images: Tensor, locations: Tensor, side: int) -> Tensor:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

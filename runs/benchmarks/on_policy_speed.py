@@ -19,7 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .common import RESULTS, argument_parser, machine_info, write_results
+from ..cli import guarded
+from .common import RESULTS, argument_parser, count, machine_info, write_results
 
 STEPS = 102_400  # a whole number of every rollout below
 NUM_ENVS = 8
@@ -72,8 +73,8 @@ TASKS = {
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each side and task")
-    parser.add_argument("--steps", type=int, default=STEPS, help="fewer only to try it out")
+    parser.add_argument("--rounds", type=count, default=3, help="runs of each side and task")
+    parser.add_argument("--steps", type=count, default=STEPS, help="fewer only to try it out")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), metavar="TASK")
     parser.add_argument("--out", type=Path, default=RESULTS / "on_policy_speed.json")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
@@ -172,4 +173,4 @@ def children() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -22,6 +22,7 @@ import torch
 
 from ...generative import ImageTransformer, PixelCNN, PixelRNN
 from ...vision import Dataset, binarize, load_dataset
+from ..cli import guarded
 from ..statistics import bootstrap_ci
 from .common import RESULTS, append_cell, argument_parser
 from .suite import read
@@ -144,4 +145,4 @@ def report(cells: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -20,7 +20,8 @@ from gymnasium import spaces
 
 from ...generative import ImageTransformer, PixelCNN, PixelRNN
 from ...generative.pixelcnn import PixelModel
-from .common import RESULTS, argument_parser, machine_info, write_results
+from ..cli import guarded
+from .common import RESULTS, argument_parser, count, machine_info, write_results
 
 GATED: dict[str, Any] = {"variant": "gated", "kernel": 3, "layers": 6}
 PLUS: dict[str, Any] = {"variant": "plusplus", "width": 24, "layers": 1, "depth": 2}
@@ -41,8 +42,8 @@ CASES: list[tuple[str, type[PixelModel], dict[str, Any], tuple[int, int, int], i
 
 def main() -> int:
     parser = argument_parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="how often each case is timed (3)")
-    parser.add_argument("--pixels", type=int, default=16, help="pixels that the naive way draws (16)")
+    parser.add_argument("--rounds", type=count, default=3, help="how often each case is timed (3)")
+    parser.add_argument("--pixels", type=count, default=16, help="pixels that the naive way draws (16)")
     parser.add_argument("--out", type=Path, default=RESULTS / "pixelcnn_sampling.json")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -111,4 +112,4 @@ def seconds(work: Callable[[], torch.Tensor]) -> tuple[float, torch.Tensor]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -15,14 +15,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .common import RESULTS, argument_parser, machine_info, write_results
+from ..cli import guarded
+from .common import RESULTS, argument_parser, count, machine_info, write_results
 
 EVERY = 10_000
 
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--steps", type=int, default=200_000)
+    parser.add_argument("--steps", type=count, default=200_000)
     parser.add_argument("--out", type=Path, default=RESULTS / "pong.json")
     parser.add_argument("--agent", choices=("foveal", "sb3"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -125,4 +126,4 @@ def report(agents: dict[str, list[dict[str, Any]]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

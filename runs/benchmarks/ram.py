@@ -26,6 +26,7 @@ from ...agents import AGENTS, RAM
 from ...vision import Dataset, Model, load_dataset
 from ...vision.canvas import clutter_pieces, on_canvas
 from ..attention import baselines
+from ..cli import guarded
 from ..evaluation import evaluate
 from .common import RESULTS, append_cell, argument_parser
 from .suite import read as read_cells
@@ -221,4 +222,4 @@ def cpu(cells: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

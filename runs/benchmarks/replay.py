@@ -29,6 +29,7 @@ from rich.table import Table
 
 from ...agents.replay import Replay
 from ...envs import Step
+from ..cli import guarded
 from .common import RESULTS, machine_info, write_results
 
 ATARI = spaces.Box(0, 255, (4, 84, 84), np.uint8)
@@ -182,4 +183,4 @@ def show(figures: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

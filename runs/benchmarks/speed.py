@@ -14,7 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .common import RESULTS, argument_parser, machine_info, write_results
+from ..cli import guarded
+from .common import RESULTS, argument_parser, count, machine_info, write_results
 from .peers import FOVEAL_CARTPOLE, SB3_CARTPOLE
 
 STEPS = 50_000
@@ -23,7 +24,7 @@ AGENTS = ("foveal", "sb3", "foveal, double")
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each agent")
+    parser.add_argument("--rounds", type=count, default=3, help="runs of each agent")
     parser.add_argument("--out", type=Path, default=RESULTS / "speed.json")
     parser.add_argument("--agent", choices=AGENTS, help="train this one here, once, and say nothing")
     arguments = parser.parse_args()
@@ -68,4 +69,4 @@ def children() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from ..cli import guarded
 from ..run import list_runs, open_run
 from ..statistics import bootstrap_ci
 from ..sweep import read_trials
-from .common import RESULTS, argument_parser, machine_info, write_results
+from .common import RESULTS, argument_parser, count, machine_info, write_results
 
 SWEEP = """\
 train: dqn
@@ -48,9 +49,9 @@ SEEDS = range(101, 106)
 
 def main() -> None:
     parser = argument_parser(__doc__)
-    parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--steps", type=int, default=10_000, help="environment steps of a trial")
-    parser.add_argument("--kill-after", type=int, default=7, help="trials done, when all is killed")
+    parser.add_argument("--trials", type=count, default=20)
+    parser.add_argument("--steps", type=count, default=10_000, help="environment steps of a trial")
+    parser.add_argument("--kill-after", type=count, default=7, help="trials done, when all is killed")
     parser.add_argument("--work", type=Path, default=Path("results/sweep-benchmark"))
     parser.add_argument("--out", type=Path, default=RESULTS / "sweep.json")
     arguments = parser.parse_args()
@@ -132,4 +133,4 @@ def on_other_seeds(name: str, settings: dict[str, Any], work: Path) -> dict[str,
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

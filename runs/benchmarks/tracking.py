@@ -15,6 +15,7 @@
 import argparse
 import json
 import os
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,9 +23,10 @@ from typing import Any
 
 import numpy as np
 
+from ..cli import guarded
 from ..run import create_run
 from ..wandb_file import read_records
-from .common import RESULTS, machine_info, write_results
+from .common import RESULTS, count, machine_info, write_results
 
 ROW = {"env_step": 0, "grad_step": 0} | {f"train/metric_{number}": 0.1 * number for number in range(18)}
 
@@ -33,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--pairs", type=int, default=40, help="of 1,000 steps tracked offline, and not")
+    parser.add_argument("--pairs", type=count, default=40, help="of 1,000 steps tracked offline, and not")
     parser.add_argument("--out", type=Path, default=RESULTS / "tracking.json")
     arguments = parser.parse_args()
 
@@ -142,4 +144,4 @@ def children_cpu_s() -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guarded(main))

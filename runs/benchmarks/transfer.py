@@ -25,9 +25,10 @@ from ...agents import PQN
 from ...envs import make_vec
 from ...generative import VAE, VAEConfig
 from ...vision import Classifier, ClassifierConfig, Dataset, Split
+from ..cli import guarded
 from ..evaluation import evaluate
 from ..statistics import bootstrap_ci, iqm
-from .common import RESULTS, argument_parser, machine_info
+from .common import RESULTS, argument_parser, count, machine_info
 from .suite import append, read
 
 ENV, ENCODER = "MinAtar/Breakout-v1", "minatar-norm"
@@ -46,10 +47,10 @@ VARIANTS: dict[str, tuple[str | None, float | None]] = {
 
 def main() -> int:
     parser = argument_parser(__doc__)
-    parser.add_argument("--seeds", type=int, default=10, help="how many (10)")
+    parser.add_argument("--seeds", type=count, default=10, help="how many (10)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which (all)")
-    parser.add_argument("--steps", type=int, default=200_000, help="environment steps of a cell (200,000)")
-    parser.add_argument("--frames", type=int, default=20_000, help="images to train encoders on (20,000)")
+    parser.add_argument("--steps", type=count, default=200_000, help="environment steps of a cell (200,000)")
+    parser.add_argument("--frames", type=count, default=20_000, help="images to train encoders on (20,000)")
     parser.add_argument(
         "--results", type=Path, default=Path("results/transfer"), help="folder of their weights"
     )
@@ -158,4 +159,4 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

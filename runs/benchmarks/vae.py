@@ -35,8 +35,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 from ...generative import VAE, VAEConfig, independent_pixels
 from ...vision import Dataset, binarize, load_dataset
+from ..cli import guarded
 from ..statistics import bootstrap_ci
-from .common import RESULTS, append_cell, argument_parser
+from .common import RESULTS, append_cell, argument_parser, count
 
 
 class Task(NamedTuple):
@@ -64,10 +65,10 @@ def main() -> int:
     parser = argument_parser(__doc__)
     every = [*TASKS, "throughput"]
     parser.add_argument("--tasks", nargs="+", choices=every, default=every, help="which (all)")
-    parser.add_argument("--seeds", type=int, default=5, help="how many of each task (5)")
+    parser.add_argument("--seeds", type=count, default=5, help="how many of each task (5)")
     parser.add_argument("--first-seed", type=int, default=0, help="of these, for several processes (0)")
     parser.add_argument("--data-dir", type=Path, help="folder with mnist/ and fashion-mnist/ in it")
-    parser.add_argument("--rounds", type=int, default=5, help="of throughput (5)")
+    parser.add_argument("--rounds", type=count, default=5, help="of throughput (5)")
     parser.add_argument("--out", type=Path, default=RESULTS / "vae.json")
     parser.add_argument("--report", action="store_true", help="print the table of finished cells")
     given = parser.parse_args()
@@ -258,4 +259,4 @@ def report(cells: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))

@@ -25,11 +25,12 @@ from ...envs import make_vec
 from ...generative import VAE, WorldModel
 from ...generative.world_model import Experience, read_experience
 from ...vision import load_dataset
+from ..cli import guarded
 from ..collect import Collect, play
 from ..collect import write as write_frames
 from ..evaluation import evaluate
 from ..statistics import bootstrap_ci
-from .common import RESULTS, argument_parser, machine_info
+from .common import RESULTS, argument_parser, count, machine_info
 from .suite import append, read
 
 ENV = "MinAtar/Breakout-v1"
@@ -51,10 +52,10 @@ VAE_EPOCHS, WORLD_EPOCHS = 15, 40
 
 def main() -> int:
     parser = argument_parser(__doc__)
-    parser.add_argument("--seeds", type=int, default=5, help="how many (5)")
+    parser.add_argument("--seeds", type=count, default=5, help="how many (5)")
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="which (all)")
-    parser.add_argument("--steps", type=int, default=200_000, help="environment steps of a cell (200,000)")
-    parser.add_argument("--frames", type=int, default=20_000, help="frames to train the models on (20,000)")
+    parser.add_argument("--steps", type=count, default=200_000, help="environment steps of a cell (200,000)")
+    parser.add_argument("--frames", type=count, default=20_000, help="frames to train the models on (20,000)")
     parser.add_argument(
         "--results", type=Path, default=Path("results/world-model-benchmark"), help="folder of its models"
     )
@@ -180,4 +181,4 @@ def report(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guarded(main))
