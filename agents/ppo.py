@@ -78,8 +78,9 @@ class PPOConfig(PolicyConfig):
 
 
 # Settings known to work, by environment id. Those of the classic environments are the Stable-Baselines3
-# zoo's (Pendulum without its state-dependent exploration), as are HalfCheetah's and Hopper's; the rest of
-# MuJoCo has those of the paper's appendix with normalised observations and rewards, Atari the paper's.
+# zoo's (Pendulum without its state-dependent exploration), as are HalfCheetah's; the rest of MuJoCo has those
+# of the paper's appendix with normalised observations and rewards, Atari the paper's. (With the zoo's, Hopper
+# learns to stand still: 1,196 after 300,000 steps.)
 RECIPES: dict[str, dict[str, Any]] = {
     "CartPole-v*": {
         "num_steps": 32,
@@ -159,10 +160,12 @@ MUJOCO: dict[str, Any] = {
     "normalize_observations": True,
     "normalize_rewards": True,
 }
-MUJOCO_TASKS = "Ant Humanoid HumanoidStandup InvertedDoublePendulum InvertedPendulum Pusher Reacher Swimmer"
+MUJOCO_TASKS = (
+    "Ant Hopper Humanoid HumanoidStandup InvertedDoublePendulum InvertedPendulum Pusher Reacher Swimmer"
+)
 for task in (*MUJOCO_TASKS.split(), "Walker2d"):
     RECIPES[f"{task}-v*"] = MUJOCO
-ZOO_MUJOCO: dict[str, Any] = {
+RECIPES["HalfCheetah-v*"] = {
     "num_envs": 1,
     "num_steps": 512,
     "minibatch_size": 64,
@@ -171,9 +174,6 @@ ZOO_MUJOCO: dict[str, Any] = {
     "vector_encoder": "mlp",
     "orthogonal_init": False,
     "log_std_init": -2.0,
-}
-RECIPES["HalfCheetah-v*"] = {
-    **ZOO_MUJOCO,
     "epochs": 20,
     "gamma": 0.98,
     "gae_lambda": 0.92,
@@ -182,17 +182,6 @@ RECIPES["HalfCheetah-v*"] = {
     "entropy_coefficient": 0.000401762,
     "value_coefficient": 0.58096,
     "max_grad_norm": 0.8,
-}
-RECIPES["Hopper-v*"] = {
-    **ZOO_MUJOCO,
-    "minibatch_size": 32,
-    "epochs": 5,
-    "gamma": 0.999,
-    "gae_lambda": 0.99,
-    "learning_rate": 9.80828e-5,
-    "entropy_coefficient": 0.00229519,
-    "value_coefficient": 0.835671,
-    "max_grad_norm": 0.7,
 }
 
 
