@@ -105,14 +105,15 @@ class GANConfig:
 
 
 # What a loss is known to work with. The paper of wgan-gp has five steps of the critic for one of the
-# generator; three cost less.
+# generator; two cost less. Step sizes of 5e-4 get as far as the papers' 2e-4 in half of the steps.
+ADAM: dict[str, Any] = {"learning_rate": 5e-4, "beta1": 0.0, "beta2": 0.9}
 RECIPES: dict[str, dict[str, Any]] = {
     "minimax": {},
-    "non-saturating": {},
+    "non-saturating": {"learning_rate": 5e-4},
     "lsgan": {},
-    "wgan": {"critic_norm": "none", "n_critic": 5, "beta1": 0.0, "beta2": 0.9, "learning_rate": 1e-4},
-    "wgan-gp": {"critic_norm": "none", "n_critic": 3, "beta1": 0.0, "beta2": 0.9},
-    "hinge": {"critic_norm": "none", "spectral_norm": True, "beta1": 0.0, "beta2": 0.9},
+    "wgan": {**ADAM, "learning_rate": 1e-4, "critic_norm": "none", "n_critic": 5},
+    "wgan-gp": {**ADAM, "critic_norm": "none", "n_critic": 2},
+    "hinge": {**ADAM, "critic_norm": "none", "spectral_norm": True},
 }  # fmt: skip
 
 

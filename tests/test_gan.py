@@ -17,6 +17,7 @@ from foveal.generative.gan_networks import (
     CriticBlock,
     GeneratorBlock,
     doublings,
+    halvings,
     make_critic,
     make_generator,
 )
@@ -174,8 +175,30 @@ def test_sides_that_convolutions_make() -> None:
     assert {side: doublings(side, side)[:2] for side in expected} == expected
     assert doublings(28, 56) == (2, 7, 14)
     for height, width in ((27, 27), (28, 27), (250, 250), (2, 2), (1, 8)):
-        with pytest.raises(ValueError, match=f"got {height}x{width}; mlp makes any"):
+        with pytest.raises(ValueError, match=f"got {height}x{width}; dcgan and mlp make any"):
             doublings(height, width)
+
+
+def test_dcgan_halves_to_a_map_that_sees_the_whole_image() -> None:
+    sides = {8: [4, 2], 28: [14, 7, 4], 32: [16, 8, 4], 64: [32, 16, 8, 4], 84: [42, 21, 11, 6], 3: [2]}
+    assert {side: [h for h, _ in halvings(side, side)] for side in sides} == sides
+    assert halvings(27, 56) == [(14, 28), (7, 14), (4, 7)]
+    with pytest.raises(ValueError, match="3 pixels a side or more, got 2x9"):
+        halvings(2, 9)
+    torch.manual_seed(0)
+    for shape in ((1, 28, 28), (2, 27, 14), (1, 5, 7)):
+        images = make_generator("dcgan", shape, 0, 6, 4)(torch.randn(2, 6))
+        assert images.shape == (2, *shape)
+        critic = make_critic("dcgan", shape, 0, None, 4, "none", False)
+        x = images.detach().requires_grad_()
+        critic(x)[0].sum().backward()
+        assert x.grad is not None
+        assert (x.grad != 0).all()  # every pixel is looked at
+    seen, critic = 1, make_critic("dcgan", (1, 28, 28), 0, None, 4, "none", False)
+    for layer in reversed(list(critic.body.children())):
+        if isinstance(layer, nn.Conv2d):
+            seen = (seen - 1) * 2 + layer.kernel_size[0]
+    assert seen == 18  # pixels a side that a feature depends on
 
 
 @pytest.mark.parametrize("architecture", ["mlp", "dcgan", "resnet"])
@@ -476,9 +499,10 @@ def test_wrong_labels_and_sizes(digits: Dataset) -> None:
     with pytest.raises(ValueError, match="from 0 to 9, got 10"):
         conditional.sample(2, labels=torch.tensor([0, 10]))
     odd = load_dataset("digits", size=9)
-    with pytest.raises(ValueError, match="got 9x9; mlp makes any"):
-        made(odd)
-    assert made(odd, architecture="mlp").sample(1).shape == (1, 1, 9, 9)
+    with pytest.raises(ValueError, match="got 9x9; dcgan and mlp make any"):
+        made(odd, architecture="resnet")
+    for architecture in ("dcgan", "mlp"):
+        assert made(odd, architecture=architecture).sample(1).shape == (1, 1, 9, 9)
 
 
 def test_recipes_are_of_every_loss() -> None:

@@ -108,7 +108,7 @@ def test_an_extractor_is_trained_once_a_dataset(monkeypatch, capsys) -> None:
 @pytest.mark.parametrize(("arguments", "message"), [
     (("--extractor", "nowhere"), "extractor must be auto, none, inception, or a classifier's run"),
     (("--loss", "hing"), "loss must be one of minimax"),
-    (("--image-size", "9", "--extractor", "none"), "got 9x9; mlp makes any"),
+    (("--image-size", "9", "--architecture", "resnet", "--extractor", "none"), "9x9; dcgan and mlp make any"),
     (("--extractor", "JUDGE", "--test-size", "100"), "more than the 100 test images"),
     (("--extractor", "JUDGE", "--image-size", "16"), "the images of digits are"),
     (("--extractor", "inception"), "grey or RGB images of 256 levels"),

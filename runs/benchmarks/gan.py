@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--datasets", nargs="+", default=["mnist", "fashion-mnist"], help="which (both)")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="which (all)")
     parser.add_argument("--seeds", type=count, default=3, help="how many (3)")
-    parser.add_argument("--epochs", type=float, default=8.0, help="passes over the training images (8)")
+    parser.add_argument("--epochs", type=float, default=4.0, help="passes over the training images (4)")
     parser.add_argument("--data-dir", type=Path, help="where the data sets are")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=RESULTS / "gan.json")
