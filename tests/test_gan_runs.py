@@ -188,3 +188,8 @@ def test_the_benchmark_measures_a_cell_once(monkeypatch, capsys) -> None:
     table = benchmark.report(results["cells"]).splitlines()
     assert [line.count("|") for line in table] == [13] * 5
     assert f"| {cell['last']['fid']:.2f} |" in table[3]
+
+    worse = {**cell, "seed": 8, "last": cell["last"] | {"fid": 99.0, "class_share_min": 0.0}}
+    two = benchmark.report([cell, worse]).splitlines()
+    assert f"| {(cell['last']['fid'] + 99) / 2:.2f} ({cell['last']['fid']:.2f} to 99.00) |" in two[3]
+    assert f"| 0.0% to {cell['last']['class_share_max']:.1%} |" in two[3]

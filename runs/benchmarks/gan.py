@@ -8,7 +8,7 @@ precision, recall and the rest are of 10,000 samples and the 10,000 test images,
 dataset's extractor (LeNet-5, trained once, see `--extractor auto`); of the weights with the best FID on the
 validation images, and of the last ones. `classes` is the smallest and the largest share of samples that the
 extractor takes for one class, `right` the share of a conditional model's samples that it takes for the class
-asked for.
+asked for; both are of the worst seed.
 """
 
 import resource
@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument("--datasets", nargs="+", default=["mnist", "fashion-mnist"], help="which (both)")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS, help="which (all)")
     parser.add_argument("--seeds", type=count, default=3, help="how many (3)")
-    parser.add_argument("--epochs", type=float, default=4.0, help="passes over the training images (4)")
+    parser.add_argument("--epochs", type=float, default=3.0, help="passes over the training images (3)")
     parser.add_argument("--data-dir", type=Path, help="where the data sets are")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=RESULTS / "gan.json")
@@ -107,18 +107,23 @@ COLUMNS = ("data", "model", "epochs", "seeds", "weights", "FID", "precision", "r
 
 
 def report(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table of means over seeds: two lines a kind of cell, of its best and of its last weights."""
+    """A Markdown table, two lines a kind of cell, of its best and last weights: means over seeds, of FID
+    with the range; shares of classes, and of what is right, are the worst seed's."""
     lines = [COLUMNS, ("---",) * len(COLUMNS)]
     kinds = dict.fromkeys((row["dataset"], row["variant"], row["epochs"]) for row in rows)
     for kind in kinds:
         mine = [row for row in rows if (row["dataset"], row["variant"], row["epochs"]) == kind]
         for weights in ("best", "last"):
-            mean = {name: float(np.mean([r[weights].get(name, np.nan) for r in mine])) for name in MEASURED}
-            right = f"{mean['class_accuracy']:.1%}" if np.isfinite(mean["class_accuracy"]) else ""
-            figures = [f"{mean[name]:.2f}" for name in ("fid", "precision", "recall", "density", "coverage")]
-            shares = f"{mean['class_share_min']:.1%} to {mean['class_share_max']:.1%}"
-            seeds = f"{len(mine)}"
-            lines.append((*kind[:2], f"{kind[2]:g}", seeds, weights, *figures, shares, right))
+            values = {name: [r[weights][name] for r in mine if name in r[weights]] for name in MEASURED}
+            figures = [
+                f"{np.mean(values[name]):.2f}"
+                for name in ("fid", "precision", "recall", "density", "coverage")
+            ]
+            if len(mine) > 1:
+                figures[0] += f" ({min(values['fid']):.2f} to {max(values['fid']):.2f})"
+            shares = f"{min(values['class_share_min']):.1%} to {max(values['class_share_max']):.1%}"
+            right = f"{min(values['class_accuracy']):.1%}" if values["class_accuracy"] else ""
+            lines.append((*kind[:2], f"{kind[2]:g}", f"{len(mine)}", weights, *figures, shares, right))
     for dataset in dict.fromkeys(row["dataset"] for row in rows):
         floor = np.mean([row["fid_of_training_images"] for row in rows if row["dataset"] == dataset])
         lines.append((dataset, "training images", "", "", "", f"{floor:.2f}", *[""] * 6))
