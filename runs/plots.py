@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "comparison",
-    "draw_comparison",
     "draw_curves",
     "draw_learning_curve",
     "draw_values_on_map",
@@ -247,36 +245,11 @@ AGENT_COLORS = {
 """Told apart by the colour-blind too (after Okabe and Ito); Stable-Baselines3's are the lighter of a pair."""
 OTHER_COLORS = ("#117733", "#999933", "#332288", "#aa4499", "#b5533c", "#777777")
 
-Runs = Mapping[str, Mapping[str, Sequence[Sequence[Mapping[str, Any]]]]]
-
-
-def comparison(runs: Runs, path: str | Path, *, targets: Mapping[str, float] | None = None) -> Path:
-    """Write `draw_comparison`'s figure to `path`, a PNG; the path of it.
-
-    The file is replaced at once, never half-written. Raises `OSError` where it cannot be written.
-    """
-    return write_png(draw_comparison(runs, targets=targets), path)
-
-
-def draw_comparison(runs: Runs, *, targets: Mapping[str, float] | None = None) -> Figure:
-    """`draw_curves` of agents' evaluation scores against environment steps.
-
-    Args:
-        runs: environment -> agent -> the rows (metrics.jsonl) of each of its runs, a seed each.
-        targets: environment -> a score to reach, a dotted line.
-    """
-    curves = {
-        env: {agent: [_series(rows, "eval/return_mean") for rows in seeds] for agent, seeds in agents.items()}
-        for env, agents in runs.items()
-    }
-    return draw_curves(curves, targets=targets)
-
 
 def draw_curves(
     curves: Mapping[str, Mapping[str, Sequence[tuple[np.ndarray, ...]]]],
     *,
     statistic: Statistic = np.mean,
-    targets: Mapping[str, float] | None = None,
     x_label: str = "environment steps",
     y_label: str = "score per episode",
 ) -> Figure:
@@ -285,8 +258,8 @@ def draw_curves(
     Args:
         curves: task -> agent (or another label) -> (x, y) of each of its runs, x ascending. Labels that begin
             with "sb3/" are dashed. From three seeds on the line is their mean (or IQM) and the band its 95 %
-            bootstrap interval (`mean_curve`); fewer are drawn one by one. Runs without values are left out.
-        targets: task -> a score to reach, a dotted line.
+            bootstrap interval (`mean_curve`); fewer, or ones that have no stretch of steps in common, are
+            drawn one by one. Runs without values are left out.
 
     Built without pyplot, so that no state is shared and no window system is needed.
     """
@@ -306,7 +279,8 @@ def draw_curves(
             color = {**AGENT_COLORS, **spare}[agent]
             style = (0, (4, 2)) if agent.startswith("sb3/") else "-"
             label = f"{agent}, {len(seeds)} seed{'s' * (len(seeds) != 1)}"
-            if len(seeds) < 3:
+            band = mean_curve(seeds, statistic) if len(seeds) >= 3 else ()
+            if not band or len(band[0]) < 2:
                 for steps, scores in seeds:
                     marker = "o" if len(steps) == 1 else None  # a line of one point is not seen
                     axes.plot(
@@ -314,12 +288,9 @@ def draw_curves(
                     )
                     label = "_"  # one entry in the legend
                 continue
-            steps, middle, low, high = mean_curve(seeds, statistic)
+            steps, middle, low, high = band
             axes.fill_between(steps, low, high, color=color, alpha=0.15, lw=0, zorder=2)
             axes.plot(steps, middle, color=color, lw=2.2, ls=style, label=label, zorder=3)
-        if targets and env in targets:
-            target = targets[env]
-            axes.axhline(target, color="#3c434b", lw=1.2, ls=":", label=f"target: {target:,g}", zorder=1)
         if number > len(curves) - columns:
             axes.set_xlabel(x_label, fontsize=12)
         if number % columns == 1 % columns:

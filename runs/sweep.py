@@ -443,13 +443,16 @@ def read_trials(folder: Path) -> dict[str, Any] | None:
     """The sweep.json of a group's folder: "sweep", "trials" (number, state, value, settings, run, default),
     "best" (a number), "importance" (setting -> share, or None). None where the group is no sweep.
 
-    Raises ValueError where it is damaged."""
+    Raises ValueError where it is damaged, or of something else."""
     try:
-        return json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
+        content = json.loads((folder / "sweep.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError as error:
         raise ValueError(f"{folder / 'sweep.json'} is damaged: {error}") from error
+    if not isinstance(content, dict) or not {"sweep", "trials"} <= content.keys():
+        raise ValueError(f"{folder / 'sweep.json'} is not what foveal sweep writes")
+    return content
 
 
 def trial_value(run: Run, metric: str, goal: str) -> float | None:

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
-from matplotlib.image import imread
 
 from foveal.runs.benchmarks import suite
 from foveal.runs.benchmarks.suite import Cell
-from foveal.runs.plots import AGENT_COLORS, comparison, draw_comparison, mean_curve
+from foveal.runs.plots import AGENT_COLORS, draw_curves, mean_curve
 
 
 def row(
@@ -143,11 +142,6 @@ def test_report():
     assert suite.report([]) == "no cell is finished yet"
 
 
-def curve(*points: tuple[int, float]) -> list[dict[str, Any]]:
-    training = [{"env_step": step, "train/return_mean": -1.0} for step in range(0, 500, 50)]
-    return training + [{"env_step": step, "eval/return_mean": score} for step, score in points]
-
-
 def test_mean_of_seeds_at_different_steps():
     """Two seeds meet at 100 to 300, where each is a straight line between its evaluations."""
     one = (np.array([100.0, 200.0, 300.0]), np.array([0.0, 10.0, 20.0]))
@@ -166,17 +160,21 @@ def test_seeds_that_agree_have_no_band():
     assert mean.tolist() == low.tolist() == high.tolist() == [3, 4]
 
 
+def curve(*points: tuple[int, float]) -> tuple[np.ndarray, ...]:
+    return np.array([x for x, _ in points], float), np.array([y for _, y in points], float)
+
+
 def test_draws_means_bands_and_single_seeds():
     runs = {
         "CartPole-v1": {
             "ppo": [curve((100, 10.0 * seed), (200, 100.0)) for seed in range(3)],
             "sb3/ppo": [curve((100, 7.0), (200, 8.0)), curve((100, 9.0), (300, 6.0)), curve()],
             "mine": [curve((100, 1.0))],
+            "apart": [curve((100, 1.0), (150, 3.0)), curve((200, 4.0)), curve((200, 5.0), (300, 6.0))],
         },
         "Pendulum-v1": {},
     }
-    figure = draw_comparison(runs, targets={"CartPole-v1": 490.0})
-    axes, empty = figure.axes
+    axes, empty = draw_curves(runs).axes
     assert [axes.get_title(loc="left"), empty.get_title(loc="left")] == ["CartPole-v1", "Pendulum-v1"]
     data = [np.array(line.get_data(), dtype=float).T.tolist() for line in axes.lines]
     lines = [(to_hex(line.get_color()), line.get_linestyle(), xy) for line, xy in zip(axes.lines, data)]
@@ -184,20 +182,14 @@ def test_draws_means_bands_and_single_seeds():
     assert lines[1] == (AGENT_COLORS["sb3/ppo"], "--", [[100, 7], [200, 8]])
     assert lines[2] == (AGENT_COLORS["sb3/ppo"], "--", [[100, 9], [300, 6]])
     assert lines[3][0] not in AGENT_COLORS.values()
+    assert data[4:] == [[[100, 1], [150, 3]], [[200, 4]], [[200, 5], [300, 6]]]
     (band,) = axes.collections
     assert {(x, y) for x, y in np.asarray(band.get_paths()[0].vertices)} == {(100, 0), (100, 20), (200, 100)}
     legend = axes.get_legend()
     assert legend is not None
     texts = [text.get_text() for text in legend.texts]
-    assert texts == ["ppo, 3 seeds", "sb3/ppo, 2 seeds", "mine, 1 seed", "target: 490"]
+    assert texts == ["ppo, 3 seeds", "sb3/ppo, 2 seeds", "mine, 1 seed", "apart, 3 seeds"]
     assert empty.get_legend() is None
-
-
-def test_writes_one_png(tmp_path):
-    runs = {"CartPole-v1": {"pqn": [curve((100, seed), (200, 9.0)) for seed in range(5)]}}
-    path = comparison(runs, tmp_path / "comparison.png")
-    assert imread(path).shape[:2] == (480, 640)
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

@@ -389,6 +389,20 @@ def test_a_sweeps_trials_are_called_by_their_numbers(tmp_path, capsys):
     assert re.search(r"^  b trial 1 ", capsys.readouterr().out, re.M)
 
 
+def test_another_programs_sweep_json_is_passed_over(tmp_path, capsys):
+    pytest.importorskip("plotly")
+    cell = {"env": "CartPole-v1", "agent": "ppo", "chosen": 7.0, "last": 5.0, "steps": 20}
+    cells = [
+        {**cell, "seed": seed, "curve": {"env_step": [10, 20], "eval/return_mean": [seed, 7]}}
+        for seed in (0, 1)
+    ]
+    (tmp_path / "suite.json").write_text(json.dumps({"cells": cells}))
+    (tmp_path / "sweep.json").write_text('{"trials": [], "importance": {"rate": 1.0}}')
+    assert main(["compare", str(tmp_path / "suite.json"), "--out", str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "compare.html").exists()
+    assert "ppo" in capsys.readouterr().out
+
+
 def test_the_page_in_a_browser(results):
     pytest.importorskip("plotly")
     sync = pytest.importorskip("playwright.sync_api")

@@ -3,14 +3,13 @@
     python -m foveal.runs.benchmarks.suite --plan       # what is left to do, and its cost; trains nothing
     python -m foveal.runs.benchmarks.suite              # finished cells are skipped
     python -m foveal.runs.benchmarks.suite --report     # the tables of what is there, as Markdown
-    python -m foveal.runs.benchmarks.suite --plot       # the learning curves, from the run folders
 
 A cell is one agent, one environment and one seed, trained on the CPU by `foveal train`'s own code with the
 agent's recipe for the environment (Stable-Baselines3's agents have its zoo's), one thread, in a process and a
 run folder of its own. Its two scores are the mean of 100 fresh episodes: of the weights that validation chose
-and of the last ones. The suite may run several times at once: each takes the cells that
-no other has. Ctrl-C and SIGTERM stop the cells that run, which go on from there at the next start where their
-agent can, and else begin anew.
+and of the last ones; `foveal compare` draws the curves out of the file of cells. The suite may run several
+times at once: each takes the cells that no other has. Ctrl-C and SIGTERM stop the cells that run, which go on
+from there at the next start where their agent can, and else begin anew.
 """
 
 import argparse
@@ -96,7 +95,6 @@ def main() -> int:
     parser.add_argument("--retrain", action="store_true", help="also cells whose recipe is another one today")
     parser.add_argument("--plan", "--dry-run", action="store_true", help="print what is left, and its cost")
     parser.add_argument("--report", action="store_true", help="print the tables of finished cells")
-    parser.add_argument("--plot", action="store_true", help="draw comparison.png beside --out")
     parser.add_argument("--results", type=Path, default=Path("results/suite"), help="folder of the runs")
     parser.add_argument("--out", type=Path, default=RESULTS / "suite.json")
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
@@ -107,11 +105,8 @@ def main() -> int:
         env, agent, seed = given.cell
         train_cell(Cell(env, agent, int(seed)), given.results, given.out)
         return 0
-    if given.report or given.plot:
-        if given.report:
-            print(report(read(given.out)))
-        if given.plot:
-            plot(read(given.out), given.results, given.out.with_name("comparison.png"))
+    if given.report:
+        print(report(read(given.out)))
         return 0
     cells = [
         cell
@@ -307,7 +302,7 @@ def train_cell(cell: Cell, results: Path, out: Path) -> None:
 
 
 def curve_of(trained: Any) -> dict[str, list[float]]:
-    """The validations of a run, as `foveal compare` draws them from the file of cells alone."""
+    """The validations of a run, from its metrics.jsonl: what `foveal compare` draws."""
     names = ("env_step", "eval/return_mean")
     rows = [row for row in trained.rows() if names[1] in row]
     return {name: [row[name] for row in rows] for name in names}
@@ -385,23 +380,6 @@ def report(finished: Sequence[dict[str, Any]]) -> str:
     if few:
         tables.append("\\* fewer than five seeds")
     return "\n\n".join(tables) or "no cell is finished yet"
-
-
-def plot(finished: Sequence[dict[str, Any]], results: Path, path: Path) -> None:
-    """Draw the learning curves of all finished cells whose run folders are here."""
-    from ..plots import comparison
-    from ..run import open_run
-
-    runs: dict[str, dict[str, list[Any]]] = {env: {} for env in TASKS}
-    for row in finished:
-        if (results / row["run"]).is_dir():
-            runs[row["env"]].setdefault(row["agent"], []).append(open_run(results / row["run"]).rows())
-    drawn = {env: agents for env, agents in runs.items() if agents}
-    if not drawn:
-        raise SystemExit(
-            f"nothing to draw: none of {len(finished)} finished cells has its run folder in {results}"
-        )
-    print(f"comparison written to {comparison(drawn, path)}")
 
 
 if __name__ == "__main__":
