@@ -196,8 +196,10 @@ def test_draws_means_bands_and_single_seeds():
     ("arguments", "said"),
     [
         ("gan --seeds -1", "argument --seeds: must be a whole number, 1 or more, got '-1'"),
+        ("gan --seeds 0", "argument --seeds: must be a whole number, 1 or more, got '0'"),
         ("suite --jobs two", "argument --jobs: must be a whole number, 1 or more, got 'two'"),
-        ("suite --first-seed -2", "argument --first-seed: must be 0 or more, got -2"),
+        ("suite --first-seed -2", "argument --first-seed: must be a whole number, 0 or more, got '-2'"),
+        ("pixelcnn --seeds 0 -1", "argument --seeds: must be a whole number, 0 or more, got '-1'"),
         ("gan --datasets mnits", "foveal: unknown data set 'mnits'"),
         ("ram --tasks mnist --models conv --data-dir nowhere", "data_dir must be a folder, got 'nowhere'"),
     ],

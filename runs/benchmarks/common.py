@@ -28,11 +28,18 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     )
 
 
-def count(given: str) -> int:
-    """The type of an argument that is a whole number of things, 1 or more."""
-    if not given.isdecimal() or int(given) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number, 1 or more, got {given!r}")
-    return int(given)
+def at_least(low: int) -> Callable[[str], int]:
+    """The type of an argument that is a whole number, `low` or more."""
+
+    def take(given: str) -> int:
+        if not given.isdecimal() or int(given) < low:
+            raise argparse.ArgumentTypeError(f"must be a whole number, {low} or more, got {given!r}")
+        return int(given)
+
+    return take
+
+
+count, a_seed = at_least(1), at_least(0)
 
 
 def machine_info() -> dict[str, Any]:

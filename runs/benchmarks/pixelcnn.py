@@ -24,7 +24,7 @@ from ...generative import ImageTransformer, PixelCNN, PixelRNN
 from ...vision import Dataset, binarize, load_dataset
 from ..cli import guarded
 from ..statistics import bootstrap_ci
-from .common import RESULTS, append_cell, argument_parser
+from .common import RESULTS, a_seed, append_cell, argument_parser
 from .suite import read
 
 
@@ -69,7 +69,7 @@ TASKS = {
 def main() -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="which (all)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4], help="which (0 to 4)")
+    parser.add_argument("--seeds", type=a_seed, nargs="+", default=[0, 1, 2, 3, 4], help="which (0 to 4)")
     parser.add_argument("--data-dir", type=Path, help="folder with fashion-mnist/ and mnist/ in it")
     parser.add_argument("--out", type=Path, default=RESULTS / "pixelcnn.json")
     parser.add_argument("--report", action="store_true", help="print the table of finished cells")

@@ -28,7 +28,7 @@ from ...vision.canvas import clutter_pieces, on_canvas
 from ..attention import baselines
 from ..cli import guarded
 from ..evaluation import evaluate
-from .common import RESULTS, append_cell, argument_parser
+from .common import RESULTS, a_seed, append_cell, argument_parser
 from .suite import read as read_cells
 
 
@@ -86,7 +86,7 @@ def main() -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("--tasks", nargs="+", choices=[*TASKS, "agents"], default=[*TASKS, "agents"])
     parser.add_argument("--models", nargs="+", choices=[*MODELS, *AGENT_CELLS], help="only these (all)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="which (0 to 2)")
+    parser.add_argument("--seeds", type=a_seed, nargs="+", default=[0, 1, 2], help="which (0 to 2)")
     parser.add_argument("--data-dir", type=Path, help="folder with mnist/ in it")
     parser.add_argument("--out", type=Path, default=RESULTS / "ram.json")
     parser.add_argument("--report", action="store_true", help="print the tables of finished cells")

@@ -33,7 +33,7 @@ import numpy as np
 
 from ..cli import guarded
 from ..statistics import bootstrap_ci, iqm
-from .common import RESULTS, argument_parser, count, machine_info
+from .common import RESULTS, a_seed, argument_parser, count, machine_info
 
 EVERYBODY = {"ppo": 1_000_000, "pqn": 1_000_000, "sb3/ppo": 1_000_000}
 TASKS: dict[str, dict[str, int]] = {
@@ -88,7 +88,7 @@ def main() -> int:
     parser = argument_parser(__doc__)
     every_agent = list(dict.fromkeys(agent for agents in TASKS.values() for agent in agents))
     parser.add_argument("--seeds", type=count, default=5, help="how many (5)")
-    parser.add_argument("--first-seed", type=int, default=0, help="the first of them (0)")
+    parser.add_argument("--first-seed", type=a_seed, default=0, help="the first of them (0)")
     parser.add_argument("--agents", nargs="+", default=every_agent, choices=every_agent, metavar="AGENT")
     parser.add_argument("--envs", nargs="+", default=list(TASKS), choices=list(TASKS), metavar="ENV")
     parser.add_argument("--jobs", type=count, default=1, help="cells at a time (1)")
@@ -99,8 +99,6 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS / "suite.json")
     parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    if given.first_seed < 0:
-        parser.error(f"argument --first-seed: must be 0 or more, got {given.first_seed}")
     if given.cell:
         env, agent, seed = given.cell
         train_cell(Cell(env, agent, int(seed)), given.results, given.out)

@@ -37,7 +37,7 @@ from ...generative import VAE, VAEConfig, independent_pixels
 from ...vision import Dataset, binarize, load_dataset
 from ..cli import guarded
 from ..statistics import bootstrap_ci
-from .common import RESULTS, append_cell, argument_parser, count
+from .common import RESULTS, a_seed, append_cell, argument_parser, count
 
 
 class Task(NamedTuple):
@@ -66,7 +66,7 @@ def main() -> int:
     every = [*TASKS, "throughput"]
     parser.add_argument("--tasks", nargs="+", choices=every, default=every, help="which (all)")
     parser.add_argument("--seeds", type=count, default=5, help="how many of each task (5)")
-    parser.add_argument("--first-seed", type=int, default=0, help="of these, for several processes (0)")
+    parser.add_argument("--first-seed", type=a_seed, default=0, help="of these, for several processes (0)")
     parser.add_argument("--data-dir", type=Path, help="folder with mnist/ and fashion-mnist/ in it")
     parser.add_argument("--rounds", type=count, default=5, help="of throughput (5)")
     parser.add_argument("--out", type=Path, default=RESULTS / "vae.json")
