@@ -40,7 +40,8 @@ def doublings(height: int, width: int) -> tuple[int, int, int]:
 
 def halvings(height: int, width: int) -> list[tuple[int, int]]:
     """Sides (h, w) of dcgan's maps, from the one next to the image to the smallest, each half as large as the
-    last, rounded up. ValueError for images of less than 3 pixels a side.
+    last, rounded up, until the shorter is 4 to 6 (2 or 3 where it gets there in one or two halvings).
+    ValueError for images of less than 3 pixels a side.
 
     From 7x7 it goes on to 4x4: without that map the networks of a 28x28 image see no more than 10 pixels at
     once, and draw strokes that make no digit (FID twice as high after as many steps).

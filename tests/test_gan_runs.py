@@ -189,7 +189,12 @@ def test_the_benchmark_measures_a_cell_once(monkeypatch, capsys) -> None:
     assert [line.count("|") for line in table] == [13] * 5
     assert f"| {cell['last']['fid']:.2f} |" in table[3]
 
-    worse = {**cell, "seed": 8, "last": cell["last"] | {"fid": 99.0, "class_share_min": 0.0}}
-    two = benchmark.report([cell, worse]).splitlines()
-    assert f"| {(cell['last']['fid'] + 99) / 2:.2f} ({cell['last']['fid']:.2f} to 99.00) |" in two[3]
-    assert f"| 0.0% to {cell['last']['class_share_max']:.1%} |" in two[3]
+    seeds = [
+        {**cell, "seed": seed, "last": cell["last"] | dict(zip(names, values))}
+        for names in [("fid", "class_share_min", "class_share_max", "class_accuracy")]
+        for seed, values in enumerate([(1.0, 0.08, 0.12, 0.98), (4.0, 0.04, 0.16, 0.9)])
+    ]
+    for both in (seeds, seeds[::-1]):
+        line = benchmark.report(both).splitlines()[3]
+        assert "| 2.50 (1.00 to 4.00) |" in line
+        assert line.endswith("| 4.0% to 16.0% | 90.0% |")
