@@ -44,7 +44,7 @@ from .agent import (
     unbind,
 )
 from .replay import Replay
-from .small import in_numpy
+from .small import without_modules
 
 
 @dataclass(frozen=True)
@@ -259,7 +259,7 @@ class DQN(Agent):
             self.adopt(network)
             self.target = copy.deepcopy(self.network)
         self.acting: Callable[[Any], Tensor] = (
-            in_numpy(network.encoder, network.head, self.observation_space) or self.network
+            without_modules(network.encoder, network.head, self.observation_space) or self.network
         )
         self.target_weights = flatten_parameters(self.target)
         self.adam = adam_state(self.weights)

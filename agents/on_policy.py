@@ -20,7 +20,7 @@ from .distributions import make_distribution
 from .initialization import orthogonal
 from .normalization import RewardScaler
 from .policy import ActorCritic, plain_learner
-from .small import in_numpy
+from .small import without_modules
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,9 @@ class OnPolicyAgent(Agent):
             )
         gradient_of: dict[Tensor, Tensor] = dict(zip(self.parameters, self.gradients))
         self.learner = plain_learner(self.network, self.observation_space, gradient_of)
-        self.logits_of = in_numpy(self.network.encoder, self.network.policy_head, self.observation_space)
+        self.logits_of = without_modules(
+            self.network.encoder, self.network.policy_head, self.observation_space
+        )
         self.reward_scaler = RewardScaler(self.config.num_envs, settings.gamma)
         self.obs: Any = None
         self.hidden = torch.zeros(self.config.num_envs, self.network.state_size, device=self.device)

@@ -54,13 +54,16 @@ class Games:
         self._action_set: list[int] = env.unwrapped.action_set  # type: ignore[attr-defined]
         self._obs = np.zeros((len(games), *(env.observation_space.shape or ())), np.uint8)  # (N, C, 10, 10)
         self._steps = np.zeros(len(games), np.int64)
+        for game in games:
+            game.seed(0)  # now its sticky actions and its rules draw from one generator
 
     def reset(self, mask: np.ndarray, seeds: list[int]) -> np.ndarray:
         self._obs = self._obs.copy()
         for i, seed in zip(np.flatnonzero(mask), seeds, strict=True):
             game = self._games[int(i)]
             game.last_action = 0  # see MinAtar
-            game.seed(seed)
+            # What game.seed does but for making a generator, which takes 130 microseconds instead of 2.
+            game.random.seed(seed)
             game.reset()
             self._obs[i] = game.state().transpose(2, 0, 1)
         self._steps[mask] = 0

@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 
 from foveal.agents import A2C, DQN, PPO, load
 from foveal.agents.ppo import ppo_loss
-from foveal.agents.small import LARGEST, in_numpy, plain
+from foveal.agents.small import FEW, LARGEST, OneConvolution, plain, without_modules
 from foveal.vision import ENCODERS, MLP
 
 VECTOR = ["mlp", "mlp-tanh"]
@@ -32,9 +33,32 @@ def test_numpy_gives_the_networks_logits_and_sees_new_weights(encoder):
             agent.weights.add_(0.1 * torch.randn_like(agent.weights))  # an optimizer's step is seen
 
 
-def test_a_copy_acts_with_weights_of_its_own():
-    agent = agent_of("mlp-tanh")
-    other, obs = copy.deepcopy(agent), torch.ones(1, 3)
+@pytest.mark.parametrize(("shape", "high"), [((4, 10, 10), 1), ((3, 7, 12), 255)])
+def test_one_convolution_gives_the_networks_logits_and_sees_new_weights(shape, high):
+    space = spaces.Box(0, high, shape, np.uint8)
+    encoder = ENCODERS["minatar"](space)
+    head = torch.nn.Linear(encoder.features_dim, 3)
+    quick = without_modules(encoder, head, space)
+    assert isinstance(quick, OneConvolution)
+    rng = np.random.default_rng(0)
+    for count in (1, 8, FEW, FEW + 1):
+        obs = torch.from_numpy(rng.integers(0, high, (count, *shape), np.uint8, endpoint=True))
+        for images in (obs, obs.float(), obs.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)):
+            with torch.no_grad():
+                for parameter in (*encoder.parameters(), *head.parameters()):
+                    parameter.add_(0.02 * torch.randn_like(parameter))  # an optimizer's step is seen
+                expected = head(encoder(images))
+                assert expected.abs().max() > 0.02
+                torch.testing.assert_close(quick(images), expected, rtol=1e-4, atol=1e-5)
+    large = spaces.Box(0, high, (4, 84, 84), np.uint8)
+    assert without_modules(ENCODERS["minatar"](large), head, large) is None
+    assert without_modules(ENCODERS["minatar-norm"](space), head, space) is None
+
+
+@pytest.mark.parametrize("env_id", ["Pendulum-v1", "MinAtar/Breakout-v1"])
+def test_a_copy_acts_with_weights_of_its_own(env_id):
+    agent = PPO(env_id, PPO.Config(num_envs=2), device="cpu")
+    other, obs = copy.deepcopy(agent), torch.ones(1, *(agent.observation_space.shape or ()))
     assert agent.logits_of is not None
     assert other.logits_of is not None
     with torch.no_grad():
@@ -59,7 +83,7 @@ def test_what_is_not_plain_is_left_to_torch():
     space: Any = agent_of("mlp").observation_space
     for name in ("mlp-norm",):
         encoder = ENCODERS[name](space)
-        assert in_numpy(encoder, torch.nn.Linear(encoder.features_dim, 2), space) is None
+        assert without_modules(encoder, torch.nn.Linear(encoder.features_dim, 2), space) is None
 
     class Mine(MLP):
         def features(self, x):
@@ -150,14 +174,21 @@ def test_a2cs_gradient_in_closed_form_is_its_losss(env_id, advantage):
         torch.testing.assert_close(view, gradient, rtol=1e-3, atol=1e-6)
 
 
-def test_agents_act_alike_with_and_without_numpy():
-    for kind in (A2C, DQN):
-        agent: Any = kind("CartPole-v1", seed=3, device="cpu")
-        obs = 3 * np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)
+def test_agents_act_alike_with_and_without_modules():
+    rng = np.random.default_rng(0)
+    numbers = 3 * rng.normal(size=(20, 4)).astype(np.float32)
+    images = rng.integers(0, 2, (20, 4, 10, 10), np.uint8)
+    for kind, env_id, encoder, obs in (
+        (A2C, "CartPole-v1", "auto", numbers),
+        (DQN, "CartPole-v1", "auto", numbers),
+        (A2C, "MinAtar/Breakout-v1", "minatar", images),
+        (DQN, "MinAtar/Breakout-v1", "minatar", images),
+    ):
+        agent: Any = kind(env_id, encoder=encoder, seed=3, device="cpu")
         quick = agent.predict(obs, deterministic=True)[0]
         agent.logits_of, agent.acting = None, agent.network
         assert np.array_equal(quick, agent.predict(obs, deterministic=True)[0])
-        assert len(set(quick.tolist())) == 2, "one action for all tells little"
+        assert len(set(quick.tolist())) > 1, "one action for all tells little"
 
 
 def test_recipes_of_the_zoo_build_its_networks(tmp_path):
