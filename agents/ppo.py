@@ -107,6 +107,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "minibatch_size": 64,
         "gae_lambda": 0.94,
         "normalize_observations": True,
+        "normalize_rewards": True,
     },
     "LunarLander-v*": {
         "num_envs": 16,
