@@ -44,7 +44,7 @@ from .agent import (
     unbind,
 )
 from .replay import Replay
-from .small import without_modules
+from .small import plain_layers, without_modules
 
 
 @dataclass(frozen=True)
@@ -195,6 +195,15 @@ def q_loss(network: Callable[[Any], Tensor], obs: Any, actions: Tensor, targets:
     return F.smooth_l1_loss(q, targets)
 
 
+def q_gradient(q: Tensor, actions: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """d `q_loss` / d q (B, A) in closed form, and the loss; in a third of autograd's time."""
+    chosen = actions.unsqueeze(1)
+    error = q.gather(1, chosen) - targets.unsqueeze(1)  # (B, 1)
+    slope = error.clamp(-1, 1)
+    loss = (slope * (error - 0.5 * slope)).mean()
+    return torch.zeros_like(q).scatter_(1, chosen, slope.div_(len(q))), loss
+
+
 def epsilon_at(env_step: int, total_steps: int, config: DQNConfig) -> float:
     """Linear from initial to final over the first part of the training; random before learning starts."""
     if env_step < config.learning_starts:
@@ -261,6 +270,8 @@ class DQN(Agent):
         self.acting: Callable[[Any], Tensor] = (
             without_modules(network.encoder, network.head, self.observation_space) or self.network
         )
+        gradient_of: dict[Tensor, Tensor] = dict(zip(self.parameters, self.gradients))
+        self.learner = plain_layers(network.encoder, network.head, self.observation_space, gradient_of)
         self.target_weights = flatten_parameters(self.target)
         self.adam = adam_state(self.weights)
         self.loss: Callable[..., Tensor] = q_loss
@@ -331,8 +342,9 @@ class DQN(Agent):
 
     def update(self, gradient_steps: int, learning_rate: float) -> Tensor:
         """Take gradient steps on batches from the replay; the sum of their losses, still on the device."""
-        config, network, replay = self.config, self.network, self.replay
+        config, replay = self.config, self.replay
         assert replay is not None, "update before training has started"
+        values_of = self.network if self.learner is None else self.learner.forward
 
         def send(tensor: Tensor) -> Tensor:
             return tensor.to(self.device, non_blocking=True)
@@ -350,21 +362,36 @@ class DQN(Agent):
             batch = map_tensors(send, replay.sample(shape, self.sampling_rng))
             with torch.no_grad():
                 next_q = self.target(map_tensors(flatten, batch["next_obs"]))  # (steps * B, A)
-            names = ("obs", "actions", "rewards", "terminated", "next_obs")
-            batches = zip(*(unbind(batch[name]) for name in names), next_q.unflatten(0, shape).unbind())
-            for obs, actions, rewards, terminated, next_obs, values in batches:
-                with torch.no_grad():
-                    best = (network(next_obs) if config.double else values).argmax(1, keepdim=True)  # (B, 1)
-                    target = td_target(rewards, terminated, values.gather(1, best).squeeze(1), config.gamma)
-                loss = self.loss(network, obs, actions, target)
-                take_gradient(loss, self.parameters, self.gradients)
+            batch["next_q"] = next_q.unflatten(0, shape)
+            batch["targets"] = td_target(
+                batch["rewards"], batch["terminated"], batch["next_q"].amax(-1), config.gamma
+            )
+            names = ("obs", "actions", "rewards", "terminated", "next_obs", "next_q", "targets")
+            batches = zip(*(unbind(batch[name]) for name in names))
+            for obs, actions, rewards, terminated, next_obs, values, target in batches:
+                if config.double:  # the network that learns says which action is best
+                    with torch.no_grad():
+                        best = values_of(next_obs).argmax(1, keepdim=True)  # (B, 1)
+                        value = values.gather(1, best).squeeze(1)
+                        target = td_target(rewards, terminated, value, config.gamma)
+                loss_sum += self.take_gradient(obs, actions, target)
                 clip_norm(self.gradient, config.max_grad_norm)
                 with self.paced():
                     adam_step(self.weights, self.gradient, self.adam, learning_rate, config.adam_eps)
-                loss_sum += loss.detach()
             self.grad_step += shape[0]
         set_training(self.modal, False)
         return loss_sum
+
+    def take_gradient(self, obs: Any, actions: Tensor, targets: Tensor) -> Tensor:
+        """`q_loss`'s gradient on a batch, into `self.gradient`; the loss, without gradient."""
+        if self.learner is None or self.loss is not q_loss:
+            loss = self.loss(self.network, obs, actions, targets)
+            take_gradient(loss, self.parameters, self.gradients)
+            return loss.detach()
+        with torch.no_grad():
+            by_q, loss = q_gradient(self.learner.forward(obs), actions, targets)
+            self.learner.backward(by_q)
+        return loss
 
     def update_target(self) -> None:
         """target <- tau online + (1 - tau) target; buffers (batch statistics, say) are copied."""

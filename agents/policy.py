@@ -1,19 +1,18 @@
 """A network with a policy and a value: what REINFORCE, A2C and PPO learn."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from gymnasium import spaces
 from torch import Tensor, nn
 
-from ..vision import TanhMLP
 from .agent import map_tensors
 from .distributions import Distribution
 from .initialization import orthogonal_
 from .normalization import ObservationNormalizer
 from .recurrent import CORES, unroll
-from .small import Layers, plain
+from .small import Layers, plain_layers
 
 
 class ActorCritic(nn.Module):
@@ -117,16 +116,10 @@ class PlainLearner:
     rule, in half of the time that autograd takes."""
 
     def __init__(
-        self,
-        network: ActorCritic,
-        policy: Sequence[nn.Linear],
-        value: Sequence[nn.Linear],
-        gradient_of: Mapping[Tensor, Tensor],
+        self, network: ActorCritic, policy: Layers, value: Layers, gradient_of: Mapping[Tensor, Tensor]
     ):
         """`gradient_of` says where the gradient of each parameter goes."""
-        tanh = isinstance(network.encoder, TanhMLP)
-        self.network, self.gradient_of = network, gradient_of
-        self.policy, self.value = Layers(policy, tanh, gradient_of), Layers(value, tanh, gradient_of)
+        self.network, self.policy, self.value, self.gradient_of = network, policy, value, gradient_of
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         """Observations (T, N, n) -> parameters (T, N, P), values (T, N)."""
@@ -152,9 +145,8 @@ def plain_learner(
     network: ActorCritic, space: spaces.Space, gradient_of: Mapping[Tensor, Tensor]
 ) -> PlainLearner | None:
     """For a network without memory or shared parts, all of whose parameters are trained; else None."""
-    trained = all(parameter in gradient_of for parameter in network.parameters())
-    if network.value_encoder is None or network.core is not None or not trained:
+    if network.value_encoder is None or network.core is not None:
         return None
-    policy = plain(network.encoder, network.policy_head, space)
-    value = plain(network.value_encoder, network.value_head, space)
+    policy = plain_layers(network.encoder, network.policy_head, space, gradient_of)
+    value = plain_layers(network.value_encoder, network.value_head, space, gradient_of)
     return PlainLearner(network, policy, value, gradient_of) if policy and value else None

@@ -54,7 +54,7 @@ class InNumpy:
         return torch.from_numpy(x @ weight + bias)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "InNumpy":
-        """Of a copied network the copy's weights; copied arrays would be nobody's."""
+        """Of a copied network the copy's weights; arrays would be copied for themselves."""
         return InNumpy(*copy.deepcopy((self.encoder, self.head, self.linears), memo))
 
 
@@ -92,9 +92,6 @@ class OneConvolution:
         maps = torch.baddbmm(self.offset, self.kernel.expand(images, -1, -1), patches).relu_()
         features = F.linear(maps.flatten(1), *self.linear).relu_()
         return F.linear(features, self.head.weight, self.head.bias)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "OneConvolution":
-        return OneConvolution(*copy.deepcopy((self.encoder, self.head), memo))
 
 
 def without_modules(
@@ -145,3 +142,16 @@ class Layers:
                 gradient = gradient @ self.weights[i]
                 slope = torch.ops.aten.tanh_backward if self.tanh else torch.ops.aten.threshold_backward
                 gradient = slope(gradient, x) if self.tanh else slope(gradient, x, 0)
+
+
+def plain_layers(
+    encoder: nn.Module, head: nn.Linear, space: spaces.Space, gradient_of: Mapping[Tensor, Tensor]
+) -> Layers | None:
+    """`Layers` of `head(encoder(obs))` where that is `plain` and all of it is trained; else None.
+
+    `gradient_of` says where the gradient of each trained parameter goes.
+    """
+    linears = plain(encoder, head, space)
+    if linears is None or not all(p in gradient_of for linear in linears for p in linear.parameters()):
+        return None
+    return Layers(linears, isinstance(encoder, TanhMLP), gradient_of)

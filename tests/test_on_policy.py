@@ -1,5 +1,6 @@
 """What the policy gradient agents share: rollouts, values at truncations, memory, checkpoints, bad input."""
 
+import copy
 import json
 import re
 import time
@@ -600,3 +601,17 @@ def test_gradient_that_is_nan_is_not_yielded(name, monkeypatch):
 
     with pytest.raises(FloatingPointError, match="is nan at grad_step"):
         train()
+
+
+@pytest.mark.parametrize("kind", [DQN, PQN, A2C, PPO, REINFORCE])
+def test_a_copied_agent_learns_as_the_original_does(kind: Any) -> None:
+    """Whose network's weights are views of one tensor; PyTorch's copies are views of nothing."""
+    small: dict[Any, Any] = {DQN: {"learning_starts": 64, "train_every": 16, "target_every": 64}}
+    agent = kind("CartPole-v1", kind.Config(num_envs=2, **small.get(kind, {})), seed=1, device="cpu")
+    agent.learn(300, progress=False)
+    copied, before = copy.deepcopy(agent), agent.weights.detach().clone()
+    for one_of_them in (copied, agent):
+        one_of_them.learn(900, progress=False)
+    assert not torch.equal(copied.weights, before)
+    for name, tensor in agent.network.state_dict().items():
+        assert torch.equal(copied.network.state_dict()[name], tensor), name

@@ -9,6 +9,7 @@ import torch
 from gymnasium import spaces
 
 from foveal.agents import A2C, DQN, PPO, load
+from foveal.agents.dqn import q_loss
 from foveal.agents.ppo import ppo_loss
 from foveal.agents.small import FEW, LARGEST, OneConvolution, plain, without_modules
 from foveal.vision import ENCODERS, MLP
@@ -121,6 +122,26 @@ def test_the_chain_rule_gives_autograds_gradient(encoder, normalize):
         for view, gradient in zip(agent.gradients, expected, strict=True):
             assert gradient.abs().max() > 1e-4
             torch.testing.assert_close(view, gradient, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("encoder", VECTOR)
+def test_dqns_gradient_in_closed_form_is_its_losss(encoder):
+    agent = DQN("CartPole-v1", encoder=encoder, device="cpu")
+    torch.manual_seed(0)
+    obs, actions = torch.randn(32, 4), torch.arange(32) % 2
+    with torch.no_grad():
+        q = agent.network(obs).gather(1, actions.unsqueeze(1)).squeeze(1)
+        targets = q + torch.linspace(-3, 3, 32)  # within Huber's parabola and beyond
+    loss = q_loss(agent.network, obs, actions, targets)
+    expected = torch.autograd.grad(loss, agent.parameters)
+    agent.gradient.fill_(torch.nan)
+    assert agent.learner is not None
+    torch.testing.assert_close(agent.take_gradient(obs, actions, targets), loss.detach())
+    for view, gradient in zip(agent.gradients, expected, strict=True):
+        assert gradient.abs().max() > 1e-3
+        torch.testing.assert_close(view, gradient, rtol=1e-4, atol=1e-7)
+    frozen = DQN("CartPole-v1", DQN.Config(encoder_learning_rate=0.0), encoder=encoder, device="cpu")
+    assert frozen.learner is None
 
 
 @pytest.mark.parametrize("env_id", ["CartPole-v1", "Pendulum-v1"])

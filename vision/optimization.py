@@ -3,10 +3,11 @@
 The arithmetic is elementwise, so the same lines serve weights (P,) and the weights of S seeds (S, P).
 """
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +15,29 @@ from torch.optim.adam import adam
 from torch.optim.radam import radam
 
 
-def flatten_parameters(module: nn.Module) -> nn.Parameter:
+class Flattened(nn.Parameter):
+    """A parameter that shares memory with others. Copies of them share theirs, when all are copied in one go:
+    PyTorch's own would each get memory of its own, and a copied agent's steps would not reach its network."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Flattened":
+        if id(self) not in memo:
+            memo[id(self)] = Flattened(copy.deepcopy(self.data, memo), self.requires_grad)
+        return memo[id(self)]
+
+
+def flatten_parameters(module: nn.Module) -> Flattened:
     """Move a module's trainable parameters into one contiguous tensor (P,) and return it.
 
-    The module goes on working: its parameters become views into the returned tensor, in the order of
-    `module.parameters()`, each with the memory layout that it had (channels last, say). Call it after
-    `.to(device)`, which would cut the views loose.
+    The module goes on working, and `copy.deepcopy` of what holds both: its parameters become views into the
+    returned tensor, in the order of `module.parameters()`, each with the memory layout that it had (channels
+    last, say). Call it after `.to(device)`, which would cut the views loose.
     """
     parameters = [p for p in module.parameters() if p.requires_grad]
     flat = torch.cat([p.detach().as_strided((p.numel(),), (1,)) for p in parameters])
     for parameter, view in zip(parameters, views_of(flat, parameters)):
         parameter.data = view
-    return nn.Parameter(flat)
+        parameter.__class__ = Flattened
+    return Flattened(flat)
 
 
 def views_of(flat: Tensor, parameters: Sequence[Tensor]) -> list[Tensor]:
