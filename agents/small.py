@@ -73,7 +73,7 @@ class OneConvolution:
         convolution: Any = encoder.conv[0]
         linear: Any = encoder.head[1]
         self.side: int = convolution.kernel_size[0]
-        self.kernel = convolution.weight.detach().flatten(1)
+        self.kernel = convolution.weight.detach()
         self.offset = convolution.bias.detach().unsqueeze(1)
         self.linear = (linear.weight.detach(), linear.bias.detach())
 
@@ -89,7 +89,8 @@ class OneConvolution:
         patches = x.as_strided(
             (images, channels, k, k, h, w), (image, channel, row, column, row, column)
         ).reshape(images, channels * k * k, h * w)
-        maps = torch.baddbmm(self.offset, self.kernel.expand(images, -1, -1), patches).relu_()
+        kernel = self.kernel.flatten(1)  # now, because an agent's is channels last, of which this is a copy
+        maps = torch.baddbmm(self.offset, kernel.expand(images, -1, -1), patches).relu_()
         features = F.linear(maps.flatten(1), *self.linear).relu_()
         return F.linear(features, self.head.weight, self.head.bias)
 

@@ -21,10 +21,13 @@ def agent_of(encoder: str, **settings: Any) -> PPO:
     return PPO("Pendulum-v1", PPO.Config(num_envs=2, **settings), encoder=encoder, device="cpu")
 
 
-@pytest.mark.parametrize("encoder", VECTOR)
-def test_numpy_gives_the_networks_logits_and_sees_new_weights(encoder):
-    agent = agent_of(encoder)
-    network, obs = agent.network, torch.randn(5, 3)
+@pytest.mark.parametrize(
+    ("env_id", "encoder"), [*(("Pendulum-v1", name) for name in VECTOR), ("MinAtar/Breakout-v1", "minatar")]
+)
+def test_an_agents_quick_logits_are_its_networks_and_see_new_weights(env_id, encoder):
+    agent: Any = PPO(env_id, PPO.Config(num_envs=2), encoder=encoder, device="cpu")
+    network, space = agent.network, agent.observation_space
+    obs = torch.from_numpy(np.stack([space.sample() for _ in range(5)]))
     assert agent.logits_of is not None
     for _ in range(2):
         with torch.no_grad():
